@@ -1,0 +1,5 @@
+"""``python -m insightv`` is the command ``insightv``."""
+
+from insightv.cli import main
+
+main()
