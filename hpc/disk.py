@@ -1,0 +1,98 @@
+"""Writing files so that a reader never sees half of one, and a full disk is said plainly."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpc.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the failures of a file system that a user can mend into one line.
+
+    Raises:
+        UserError: No space or quota left, or no right to write at ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = os.strerror(error.errno or 0)
+        if error.errno in _FULL:
+            raise UserError(
+                f"{path}: cannot write ({what}); free some space and run again, "
+                "what is finished is kept"
+            ) from error
+        if error.errno in _CLOSED:
+            raise UserError(
+                f"{path}: cannot write ({what}); check the folder's permissions "
+                "or choose another run directory"
+            ) from error
+        raise
+
+
+def make_folder(path: Path) -> Path:
+    """Creates a folder and its parents.
+
+    Raises:
+        UserError: It cannot be created.
+    """
+    try:
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError) as error:
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror})") from error
+    return path
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes every byte, however the kernel splits it."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str, durable: bool = True) -> None:
+    """Replaces a file at once: readers see the old text or the new, never a part.
+
+    Args:
+        path: The file.
+        text: Its new text, stored as UTF-8.
+        durable: Whether it must survive a power failure (costs two fsyncs).
+
+    Raises:
+        UserError: The disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with disk_errors(path):
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                write_all(descriptor, text.encode())
+                if durable:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if durable:
+            sync_folder(path.parent)

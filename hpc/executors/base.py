@@ -1,0 +1,75 @@
+"""What the driver asks of whatever runs its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some processes of one stage, all with the same command.
+
+    Attributes:
+        stage: The stage's name.
+        command: The argument vector; no shell is involved.
+        logs: The folder that gets one log a process.
+        attempt: Counts the stage's tries, from 0; part of the logs' names.
+        count: How many processes (the pulling workers of a map stage).
+        threads: Cores each process may use.
+        resources: The kind of resources a cluster profile knows.
+        env: Set on top of the driver's environment.
+    """
+
+    stage: str
+    command: tuple[str, ...]
+    logs: Path
+    attempt: int = 0
+    count: int = 1
+    threads: int = 1
+    resources: str = "cpu"
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a job is.
+
+    Attributes:
+        running: Processes that are waiting or at work.
+        ended: Exit status and log of those that ended; a negative status is a signal.
+        processes: Ids of the processes that are known to run.
+    """
+
+    running: int
+    ended: tuple[tuple[int, Path], ...] = ()
+    processes: tuple[int, ...] = ()
+
+
+class Executor(Protocol):
+    """Runs jobs: processes here, or jobs of a cluster.
+
+    Attributes:
+        keep: Descriptors that local processes inherit: the lock of the run, which is thereby
+            held until the last of them has left.
+    """
+
+    keep: tuple[int, ...]
+
+    def submit(self, job: Job) -> str:
+        """Starts a job and returns its handle."""
+        ...
+
+    def state(self, handle: str) -> State:
+        """How far a job is; never waits."""
+        ...
+
+    def cancel(self, handle: str, kill: bool = False) -> None:
+        """Asks a job's processes to save and leave; with ``kill`` ends them at once."""
+        ...
+
+    def close(self) -> None:
+        """Ends whatever still runs and releases what the executor holds."""
+        ...

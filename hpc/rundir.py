@@ -1,0 +1,401 @@
+"""The run directory, which is the state of a run, and the chain that works in it.
+
+Nothing of a run stands anywhere else: no database, no server. Files that are read while
+others write are replaced whole, so a reader sees the old or the new, never a half.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hpc.config import digest
+from hpc.disk import make_folder, write_atomic
+from hpc.errors import UserError
+from hpc.provenance import describe
+from hpc.stages import Stage
+
+CANCELLED = "CANCELLED"
+STOPPED = "STOPPED"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
+
+
+class RunDir:
+    """The paths of a run and the small files that hold its state.
+
+    Args:
+        path: ``runs/<name>``; made by `create`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).absolute()
+
+    def create(self) -> None:
+        """Makes the directory.
+
+        Raises:
+            UserError: It cannot be made or written.
+        """
+        try:
+            (self.path / "stages").mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot write a run here ({error.strerror}); "
+                "give another --run-dir, or free it"
+            ) from None
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    # ---- paths
+
+    @property
+    def models(self) -> Path:
+        """Every checkpoint, one folder a model."""
+        return self.path / "models"
+
+    @property
+    def chain_file(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.path / "chain.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        """Which code, packages and host made the run; one entry for each start."""
+        return self.path / "provenance.json"
+
+    @property
+    def jobs(self) -> Path:
+        """Every job that was ever submitted, one JSON object a line."""
+        return self.path / "jobs.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """``results.json``."""
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The folder of the page."""
+        return self.path / "report"
+
+    def stage_dir(self, stage: str) -> Path:
+        """A stage's own folder."""
+        return self.path / "stages" / stage
+
+    def shards(self, stage: str) -> Path:
+        """The folder of a stage's shards and sidecars."""
+        return self.stage_dir(stage) / "shards"
+
+    def leases(self, stage: str) -> Path:
+        """The folder of a stage's leases."""
+        return self.stage_dir(stage) / "leases"
+
+    def logs(self, stage: str) -> Path:
+        """The folder of what a stage's jobs printed."""
+        return self.stage_dir(stage) / "logs"
+
+    def progress(self, stage: str) -> Path:
+        """The folder in which a stage's workers tell how far they are, one file each."""
+        return self.stage_dir(stage) / "progress"
+
+    def manifest(self, stage: str) -> Path:
+        """Written by the gate: the stage is complete."""
+        return self.stage_dir(stage) / "manifest.json"
+
+    def started(self, stage: str) -> Path:
+        """Written before the first job: which config and inputs the folder's work belongs to."""
+        return self.stage_dir(stage) / "stage.json"
+
+    def counts(self, stage: str) -> Path:
+        """Written by a job stage's payload at its end: its counts."""
+        return self.stage_dir(stage) / "counts.json"
+
+    def missing(self, stage: str) -> Path:
+        """Written by the gate: the indices of shards that are not there."""
+        return self.stage_dir(stage) / "missing.json"
+
+    # ---- markers
+
+    def mark(self, marker: str, reason: str = "") -> None:
+        """Sets a marker (`CANCELLED`, `STOPPED`) with its reason."""
+        write_atomic(self.path / marker, reason + "\n")
+
+    def marked(self, marker: str) -> str | None:
+        """The reason of a marker, or None where it is not set."""
+        try:
+            return (self.path / marker).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+
+    def unmark(self, *markers: str) -> None:
+        """Takes markers away."""
+        for marker in markers:
+            (self.path / marker).unlink(missing_ok=True)
+
+    # ---- records
+
+    def read_manifest(self, stage: str) -> dict[str, Any] | None:
+        """A stage's manifest, or None while it is not complete."""
+        return read_json(self.manifest(stage))
+
+    def add_job(self, **entry: Any) -> None:
+        """Appends a line to ``jobs.jsonl``; one write, so that lines never mix."""
+        line = json.dumps({"time": time.time(), **entry}, ensure_ascii=False) + "\n"
+        descriptor = os.open(self.jobs, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def read_jobs(self) -> list[dict[str, Any]]:
+        """The lines of ``jobs.jsonl``; a line cut by a crash is left out."""
+        if not self.jobs.exists():
+            return []
+        entries = []
+        for line in self.jobs.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+        return [entry for entry in entries if isinstance(entry, dict)]
+
+    def add_provenance(self, packages: Sequence[str] = ("hpc",)) -> None:
+        """Records what is about to work in this run, unless the last start was the same."""
+        entry = describe(packages)
+        entries = (read_json(self.provenance) or {}).get("starts", [])
+        fixed = ("code", "python", "packages", "image")
+        if entries and all(entries[-1].get(name) == entry[name] for name in fixed):
+            return
+        write_json(self.provenance, {"starts": [*entries, entry]})
+
+    def remove(self, stage: str, outputs: Iterable[str] = ()) -> None:
+        """Removes a stage's folder and outputs, so that it is made again.
+
+        Killed in the middle it leaves a stage that is not complete: the outputs go first,
+        then the folder leaves its name in one step.
+        """
+        for output in outputs:
+            path = self.path / output
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        folder = self.stage_dir(stage)
+        if folder.exists():
+            folder.rename(folder.with_name(f".removed-{uuid.uuid4().hex}"))
+        for left in folder.parent.glob(".removed-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def locked(self) -> bool:
+        """Whether a driver, or a worker it left behind, is at work here now."""
+        try:
+            descriptor = os.open(self.path / "driver.lock", os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            return not _try_lock(descriptor, self.path)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def lock(self, patience: float = 60.0) -> Iterator[int]:
+        """Holds the run, so that only one driver works in it.
+
+        The kernel lets go of the lock when its last holder dies. Workers inherit the
+        descriptor, so after a driver was killed the next one waits until they have left.
+
+        Args:
+            patience: Seconds to wait for the workers of a dead driver.
+
+        Yields:
+            The descriptor, for children to inherit.
+
+        Raises:
+            UserError: Another driver is at work, or its workers do not leave.
+        """
+        descriptor = os.open(self.path / "driver.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            give_up = time.monotonic() + patience
+            while not _try_lock(descriptor, self.path):
+                holder = _holder(descriptor)
+                if holder is None:
+                    time.sleep(0.05)  # taken this moment, not yet signed
+                elif holder[0] != socket.gethostname() or _alive(holder[1]):
+                    raise UserError(
+                        f"{self.path}: process {holder[1]} on {holder[0]} already runs this chain; "
+                        "wait for it, or end it first"
+                    )
+                else:
+                    time.sleep(0.2)
+                if time.monotonic() > give_up:
+                    raise UserError(
+                        f"{self.path}: workers of an earlier run are still at work; "
+                        "wait for them, or end them (their ids stand in jobs.jsonl)"
+                    )
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(init=False)
+class Chain:
+    """Stages in dependency order, the directory they work in, the command of their jobs.
+
+    Attributes:
+        stages: Name to stage, parents before children.
+        run: The run directory.
+        command: The program; a job is ``*command work RUN STAGE``.
+        packages: Whose code is recorded as the run's.
+
+    Raises:
+        UserError: A bad or doubled name, an unknown parent, a circle, a stage without payload.
+    """
+
+    stages: dict[str, Stage]
+    run: RunDir
+    command: list[str]
+    packages: tuple[str, ...]
+
+    def __init__(
+        self,
+        stages: Iterable[Stage] | Mapping[str, Stage],
+        run: RunDir | Path | str,
+        command: Sequence[str],
+        packages: Sequence[str] = ("hpc",),
+    ) -> None:
+        listed = list(stages.values() if isinstance(stages, Mapping) else stages)
+        self.stages = _in_order(listed)
+        self.run = run if isinstance(run, RunDir) else RunDir(run)
+        self.command = list(command)
+        self.packages = tuple(packages)
+
+    def identity(self, stage: str) -> str:
+        """The hash of everything in a stage that shapes its result, inputs by name."""
+        described = self.stages[stage]
+        return digest(
+            {
+                "name": described.name,
+                "kind": described.kind,
+                "inputs": dict(described.inputs),
+                "after": sorted(described.after),
+                "config": described.config,
+            }
+        )
+
+    def made(self, stage: str) -> dict[str, str | None]:
+        """Each parent's ``made`` id, as its manifest has it now; None while it is incomplete."""
+        parents = self.stages[stage].parents
+        return {parent: (self.run.read_manifest(parent) or {}).get("made") for parent in parents}
+
+    def dependents(self, stage: str) -> list[str]:
+        """Every stage that needs this one, however far behind it."""
+        found = {stage}
+        for name, other in self.stages.items():
+            if found.intersection(other.parents):
+                found.add(name)
+        return [name for name in self.stages if name in found and name != stage]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file whole; its folder is made."""
+    make_folder(path.parent)
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value, or None where there is no such file.
+
+    Raises:
+        UserError: The file is there and is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); delete it to make it again") from None
+
+
+def _in_order(stages: Sequence[Stage]) -> dict[str, Stage]:
+    named: dict[str, Stage] = {}
+    for stage in stages:
+        if not _NAME.fullmatch(stage.name):
+            raise UserError(f"stage {stage.name!r}: a name is letters, digits and dashes")
+        if stage.name in named:
+            raise UserError(f"stage {stage.name}: named twice in the chain; rename one")
+        named[stage.name] = stage
+    for stage in stages:
+        for parent in stage.parents:
+            if parent not in named:
+                raise UserError(f"stage {stage.name}: needs {parent}, which is not in the chain")
+        _check_payload(stage)
+    try:
+        order = list(TopologicalSorter({s.name: s.parents for s in stages}).static_order())
+    except CycleError as error:
+        raise UserError(f"stages wait for each other: {' → '.join(error.args[1])}") from None
+    return {name: named[name] for name in order}
+
+
+def _check_payload(stage: Stage) -> None:
+    if stage.kind not in ("map", "job"):
+        raise UserError(f"stage {stage.name}: kind {stage.kind!r}; use map or job")
+    if stage.kind == "map" and (stage.load is None or not stage.inputs):
+        raise UserError(f"stage {stage.name}: a map needs `load` and at least one input")
+    if stage.kind == "job" and stage.run is None:
+        raise UserError(f"stage {stage.name}: a job needs `run`")
+    for output in stage.outputs:
+        path = PurePosixPath(output)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise UserError(f"stage {stage.name}: output {output!r} leaves the run directory")
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise UserError(
+            f"{path}: the file system holds no locks ({error.strerror}); "
+            "put the run directory on one that does"
+        ) from None
+    return True
+
+
+def _holder(descriptor: int) -> tuple[str, int] | None:
+    """Host and process id of the driver that signed the lock."""
+    words = os.pread(descriptor, 4096, 0).decode(errors="replace").split()
+    return (words[0], int(words[1])) if len(words) == 2 and words[1].isdigit() else None
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,171 @@
+"""What stands where in a run: read from its directory alone, while it runs or after."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from hpc import gates
+from hpc.rundir import CANCELLED, STOPPED, Chain, read_json
+from hpc.sidecars import sidecars
+
+_SHOWN = {
+    "complete": "green",
+    "running": "cyan",
+    "stopped": "red",
+    "cancelled": "red",
+    "incomplete": "yellow",
+    "outdated": "yellow",
+    "waiting": "dim",
+}
+
+
+@dataclass(frozen=True)
+class Advance:
+    """How far a stage is.
+
+    Attributes:
+        done: Inputs finished (map) or steps made (job).
+        total: Of how many; 0 while nobody knows.
+        shards: Complete shards.
+        of_shards: Of how many; 0 for a job.
+        numbers: What the payload tells beside it (loss, tokens a second), the latest of each.
+    """
+
+    done: int
+    total: int
+    shards: int = 0
+    of_shards: int = 0
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def advance(chain: Chain, name: str) -> Advance:
+    """How far a stage is, from its sidecars and what its workers tell."""
+    stage, run = chain.stages[name], chain.run
+    told = _told(run, name)
+    numbers: dict[str, float] = {}
+    for entry in told:
+        numbers.update(entry["numbers"])
+    if stage.kind == "job":
+        latest = told[-1] if told else {"done": 0, "total": 0}
+        return Advance(int(latest["done"]), int(latest["total"]), numbers=numbers)
+    source = run.read_manifest(next(iter(stage.inputs.values()))) or {}
+    made = sidecars(run.shards(name))
+    # Workers tell of their open shards only; complete ones stand in the sidecars.
+    done = sum(sidecar.inputs for sidecar in made.values())
+    done += sum(int(entry["done"]) for entry in told)
+    total = int(source.get("inputs", 0))
+    return Advance(min(done, total), total, len(made), int(source.get("shards", 0)), numbers)
+
+
+def status(chain: Chain) -> dict[str, Any]:
+    """The whole run, as plain values.
+
+    Returns:
+        ``{"run", "state", "reason", "stages": [{"name", "kind", "state", "inputs",
+        "shards": {"done", "total"}, "rows", "errors", "seconds", "rate", "numbers"}, …]}``.
+        A run is complete, running, stopped, cancelled or incomplete. A stage is complete,
+        running, incomplete (begun), outdated (made from what is no longer there) or waiting.
+    """
+    run = chain.run
+    standing = gates.standing(chain)
+    active = run.locked()
+    stages = [_stage(chain, name, standing[name], active) for name in chain.stages]
+    stopped, cancelled = run.marked(STOPPED), run.marked(CANCELLED)
+    if all(standing.values()):
+        state, reason = "complete", ""
+    elif cancelled is not None:
+        state, reason = "cancelled", cancelled
+    elif active:
+        state, reason = "running", ""
+    elif stopped is not None:
+        state, reason = "stopped", stopped
+    else:
+        state, reason = "incomplete", ""
+    return {"run": str(run.path), "state": state, "reason": reason, "stages": stages}
+
+
+def board(found: dict[str, Any]) -> Table:
+    """What `status` found, for a terminal."""
+    table = Table(title=f"{Path(found['run']).name}: {found['state']}", title_justify="left")
+    for heading in ("stage", "state"):
+        table.add_column(heading)
+    for heading in ("shards", "inputs", "rows", "errors", "time", "rate"):
+        table.add_column(heading, justify="right")
+    for entry in found["stages"]:
+        shards, inputs = entry["shards"], entry["inputs"]
+        table.add_row(
+            entry["name"],
+            Text(entry["state"], style=_SHOWN[entry["state"]]),
+            _of(shards["done"], shards["total"]),
+            _of(inputs["done"], inputs["total"]),
+            f"{entry['rows']:,}" if entry["rows"] else "",
+            Text(f"{entry['errors']:,}", style="red") if entry["errors"] else "",
+            duration(entry["seconds"]) if entry["seconds"] else "",
+            f"{entry['rate']:.3g}/s" if entry["rate"] else "",
+        )
+    if found["reason"]:
+        table.caption = Text(found["reason"], style="red")
+        table.caption_justify = "left"
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: ``0.4 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, Any]:
+    run, stage = chain.run, chain.stages[name]
+    manifest = run.read_manifest(name)
+    entry: dict[str, Any] = {"name": name, "kind": stage.kind, "numbers": {}}
+    if manifest is not None:
+        seconds, inputs = manifest["seconds"], manifest["inputs"]
+        return entry | {
+            "state": "complete" if complete else "outdated",
+            "shards": {"done": manifest["shards"], "total": manifest["shards"]},
+            "inputs": {"done": inputs, "total": inputs},
+            "rows": manifest["rows"],
+            "errors": manifest["errors"],
+            "seconds": seconds,
+            "rate": inputs / seconds if seconds else 0.0,
+        }
+    begun = read_json(run.started(name))
+    if begun is None:
+        return entry | {
+            "state": "waiting",
+            "shards": {"done": 0, "total": 0},
+            "inputs": {"done": 0, "total": 0},
+            "rows": 0,
+            "errors": 0,
+            "seconds": 0.0,
+            "rate": 0.0,
+        }
+    now, made = advance(chain, name), sidecars(run.shards(name))
+    seconds = begun["spent"] + (time.time() - begun["since"] if active else 0.0)
+    return entry | {
+        "state": "running" if active else "incomplete",
+        "shards": {"done": now.shards, "total": now.of_shards},
+        "inputs": {"done": now.done, "total": now.total},
+        "rows": sum(sidecar.rows for sidecar in made.values()),
+        "errors": sum(sidecar.errors for sidecar in made.values()),
+        "seconds": seconds,
+        "rate": now.done / seconds if seconds else 0.0,
+        "numbers": now.numbers,
+    }
+
+
+def _of(done: int, total: int) -> str:
+    if not total:
+        return f"{done:,}" if done else ""
+    return f"{done:,}" if done == total else f"{done:,} / {total:,}"

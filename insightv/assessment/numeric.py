@@ -1,0 +1,139 @@
+"""Numbers compared: tolerance, percentages and fractions, units; formulas by math-verify."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from insightv.assessment.decision import UNDECIDED, Decision, RuleConfig, normal
+from insightv.assessment.quantities import UNITS, Quantity, quantities, tidy
+from insightv.records import Question
+
+
+def number(question: Question, text: str, config: RuleConfig) -> Decision:
+    """The number a text concludes with; several, one of them right, are left open."""
+    truths = quantities(tidy(question.answer))
+    if len(truths) != 1:
+        return Decision(None, UNDECIDED, "the true answer is not one number")
+    text = tidy(text)
+    found = quantities(text)
+    if not found:
+        if re.fullmatch(r"none|nothing|no|zero|nil", normal(text)):
+            return Decision(truths[0].value == 0, "number")
+        if re.search(r"[√π^\\]", text):
+            return Decision(None, UNDECIDED, "a formula")
+        return Decision(False, "no-number")
+    verdicts = [equal(question, truths[0], quantity, config) for quantity in found]
+    chosen = _concluded(question, text, found)
+    values = {(found[i].value, found[i].percent, found[i].unit) for i in chosen}
+    outcomes = {verdicts[i] for i in chosen}
+    if len(outcomes) == 1 and (len(values) == 1 or outcomes == {False}):
+        (correct,) = outcomes
+        if correct is False and len(values) > 1:
+            return Decision(False, "number", "several numbers, none of them right")
+        if correct is not None:
+            return Decision(correct, "number")
+        return Decision(None, UNDECIDED, "the number can be read in two ways")
+    if outcomes == {True}:
+        return Decision(True, "number")
+    return Decision(None, UNDECIDED, "names several numbers" if chosen else "gives only a limit")
+
+
+def _concluded(question: Question, text: str, found: Sequence[Quantity]) -> list[int]:
+    """Indices of the numbers a text may be said to conclude with."""
+    usable = [i for i, q in enumerate(found) if not q.bound and not q.negated]
+    if len(usable) <= 1:
+        return usable
+    markers = re.finditer(r"=|≈|→|\b(?:therefore|thus|hence|so|equals)\b", text, re.I)
+    for marker in reversed(list(markers)):
+        after = [i for i in usable if found[i].start >= marker.end()]
+        if after:
+            usable = after
+            break
+    asked = {q.value for q in quantities(tidy(question.text))}
+    fresh = [i for i in usable if found[i].value not in asked]
+    if len({found[i].value for i in usable}) > 1 and fresh and len(fresh) < len(usable):
+        # A number of the question is repeated ("in 2010 it is 12"), unless it is the answer.
+        truth = quantities(tidy(question.answer))[0].value
+        if truth not in {found[i].value for i in usable} - {found[i].value for i in fresh}:
+            usable = fresh
+    if len({found[i].value for i in usable}) > 1:
+        copula = r"(?:\b(?:is|are|was|were|has|have)|:)\s*(?:about|only|exactly|just|around)?\s*$"
+        told = [i for i in usable if re.search(copula, _before(text, found[i]), re.I)]
+        verb = re.compile(r"\s*(?:is|are|was|were)\b", re.I)
+        leads = any(verb.match(text, found[i].end) for i in usable)
+        if len(told) == 1 and not leads and not _continued(text, found, told[0]):
+            usable = told
+    return usable
+
+
+def _before(text: str, quantity: Quantity) -> str:
+    return text[max(0, quantity.start - 30) : quantity.start]
+
+
+def _continued(text: str, found: Sequence[Quantity], index: int) -> bool:
+    """Whether another number is offered beside this one (``12 or 13``)."""
+    if index + 1 >= len(found):
+        return False
+    between = text[found[index].end : found[index + 1].start].lower().strip()
+    return between in ("or", "and", ",", "/", "to", "-", ", or", ", and", "(or", "vs", "+")
+
+
+def equal(question: Question, truth: Quantity, given: Quantity, config: RuleConfig) -> bool | None:
+    """Whether two numbers are the same; None where the unit or the notation leaves doubt."""
+
+    def close(one: float, two: float) -> bool:
+        whole = float(one).is_integer()
+        relative = config.integer_tolerance if whole else config.decimal_tolerance
+        return abs(one - two) <= (relative + 1e-9) * abs(one)
+
+    value, other = truth.value, given.value
+    if truth.unit and given.unit:
+        (kind, factor), (given_kind, given_factor) = UNITS[truth.unit], UNITS[given.unit]
+        if kind != given_kind:
+            return None if close(value, other) else False
+        other *= given_factor / factor
+    asks = question.text.lower()
+    asks_percent = "percent" in asks or "%" in asks
+    if close(value, other):
+        clash = given.percent and not truth.percent and not asks_percent
+        return None if clash else True
+    if truth.percent != given.percent or asks_percent:
+        if (truth.percent or asks_percent) and not given.percent and close(value, other * 100):
+            return True
+        share = given.percent or 0 < abs(value) <= 1
+        if not truth.percent and share and close(value, other / 100):
+            return True
+    if given.scale != truth.scale and _in_units_of(asks, given.scale):
+        if close(value, other / given.scale):
+            return True
+    elif given.scale != truth.scale and _in_units_of(asks, truth.scale):
+        return close(value, other * truth.scale)
+    return None if any(close(value, reading) for reading in given.others) else False
+
+
+def _in_units_of(asks: str, scale: float) -> bool:
+    word = {1e3: "thousand", 1e6: "million", 1e9: "billion", 1e12: "trillion"}.get(scale)
+    return word is not None and word in asks
+
+
+def latex(question: Question, text: str) -> Decision | None:
+    """By math-verify, where LaTeX is involved and the package is there."""
+    formula = re.compile(r"\\(?:frac|sqrt|pi|left|begin|cdot|times|log|sin|cos|infty)|\^")
+    if question.answer_type not in ("number", "text"):
+        return None
+    if not formula.search(question.answer) and not formula.search(text):
+        return None
+    strange = re.search(r"\\(?!d?frac|times|cdot|text)|[√π]", text)
+    if question.answer_type == "number" and not strange and len(quantities(tidy(text))) == 1:
+        return None
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        return Decision(None, UNDECIDED, "LaTeX; install math-verify to have it decided by rule")
+    # No timeouts: they need signals, which only the main thread may set.
+    gold = parse(f"${question.answer}$", parsing_timeout=None)
+    given = parse(f"${text}$", parsing_timeout=None)
+    if not gold or not given:
+        return Decision(None, UNDECIDED, "LaTeX that math-verify cannot parse")
+    return Decision(bool(verify(gold, given, timeout_seconds=None)), "math-verify")

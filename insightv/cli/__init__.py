@@ -1,0 +1,82 @@
+"""The command ``insightv``: see ``insightv --help``.
+
+Whatever a user can cause ends in one line on stderr and exit status 2. Heavy modules are
+imported by the commands that need them, so that the others answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+
+import typer
+from typer.core import TyperGroup
+
+from hpc.errors import UserError
+from insightv.cli import models, runs, shards
+
+# Base of all usage errors; typer carries its own copy of click, whose name is private.
+_UsageProblem = typer.BadParameter.__mro__[2]
+_INTERRUPTED = 130
+
+
+class _InOrder(TyperGroup):
+    """Lists commands in the order a run needs them."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return list(self.commands)
+
+
+app = typer.Typer(
+    name="insightv",
+    cls=_InOrder,
+    help="Train a vision-language model to reason: generate, assess, train, iterate.",
+    epilog="Start with: insightv run configs/chain/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+) -> None:
+    if show_version:
+        print(f"insightv {version('insightv-hpc')}")
+        raise typer.Exit
+
+
+runs.add_to(app)
+models.add_to(app)
+app.add_typer(shards.app, name="shards", rich_help_panel="Look")
+
+
+def main() -> None:
+    """Entry point; exits with the command's status."""
+    sys.exit(_status())
+
+
+def _status() -> int:
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except UserError as error:
+        return _say(str(error))
+    except _UsageProblem as error:
+        return _say(f"{error.format_message()} (insightv --help lists commands)")  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        print("insightv: interrupted; the same command goes on from here", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left (`… | head`); Python must not complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status if isinstance(status, int) else 0
+
+
+def _say(message: str) -> int:
+    print("insightv:", " ".join(message.split()), file=sys.stderr)
+    return 2

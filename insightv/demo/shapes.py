@@ -1,0 +1,58 @@
+"""The pictures and questions of the easy-vqa package (MIT licence): coloured shapes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from hpc.errors import UserError
+from insightv.demo.charts import SIZE
+
+
+def easy_vqa_rows(split: Literal["train", "test"]) -> list[tuple[str, str, Path]]:
+    """(question, answer, picture file) of the package's own split, in its order.
+
+    Raises:
+        UserError: The package is not installed.
+    """
+    try:
+        import easy_vqa
+    except ImportError:
+        raise UserError('easy-vqa is missing: pip install "insightv-hpc[demo]"') from None
+    if split == "train":
+        texts, answers, ids = easy_vqa.get_train_questions()
+        paths = easy_vqa.get_train_image_paths()
+    else:
+        texts, answers, ids = easy_vqa.get_test_questions()
+        paths = easy_vqa.get_test_image_paths()
+    return [
+        (text, answer, Path(paths[k])) for text, answer, k in zip(texts, answers, ids, strict=True)
+    ]
+
+
+def picture_split(path: Path) -> Literal["train", "validation", "test"]:
+    """The split of a picture file: the package's own, a tenth of whose training is held out."""
+    if path.parent.parent.name == "test":
+        return "test"
+    return "validation" if hashlib.sha256(path.name.encode()).digest()[0] < 26 else "train"
+
+
+@lru_cache
+def training_pictures() -> list[tuple[Image.Image, list[tuple[str, str]]]]:
+    """Training pictures at the model's size, each with its (question, answer) pairs."""
+    pairs: dict[Path, list[tuple[str, str]]] = defaultdict(list)
+    for text, answer, path in easy_vqa_rows("train"):
+        if picture_split(path) == "train":
+            pairs[path].append((text, answer))
+    pictures = []
+    for path, asked in pairs.items():
+        with Image.open(path) as image:
+            pictures.append(
+                (image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC), asked)
+            )
+    return pictures

@@ -1,0 +1,59 @@
+"""How a model is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpc.config import unhashed
+from hpc.errors import UserError
+
+KINDS = ("transformers",)
+
+
+@dataclass
+class EngineConfig:
+    """How a model is run; nothing here is meant to change what it says.
+
+    (Padding and the composition of a batch move logits by rounding, as in any engine.)
+
+    Attributes:
+        kind: ``transformers``: Hugging Face ``generate`` in this process.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
+        dtype: Of the weights: ``auto`` (bfloat16 on a GPU, else float32), ``float32``,
+            ``bfloat16`` or ``float16``.
+        autocast: Compute matrix products in bfloat16 while the weights stay as they are; worth
+            it on CPUs with bfloat16 units.
+        batch_size: Most rows of a batch.
+        batch_tokens: Most tokens of a batch, prompts, replies and padding together. The
+            default keeps the keys and values of an 8B model with grouped queries near 34 GB.
+        context: Longest prompt plus reply in tokens; 0 takes what the model was made for.
+        threads: CPU threads of the model; 0 leaves it to torch.
+        encoders: Threads that read and resize pictures beside the model.
+        cache_mb: Memory for encoded pictures, which all paths and steps of a question share.
+    """
+
+    kind: str = unhashed("transformers")
+    device: str = unhashed("auto")
+    dtype: str = unhashed("auto")
+    autocast: bool = unhashed(False)
+    batch_size: int = unhashed(32)
+    batch_tokens: int = unhashed(262_144)
+    context: int = unhashed(0)
+    threads: int = unhashed(0)
+    encoders: int = unhashed(2)
+    cache_mb: int = unhashed(512)
+
+    def validate(self) -> None:
+        """Checks what types cannot.
+
+        Raises:
+            UserError: An unknown kind, or a number out of range.
+        """
+        if self.kind not in KINDS:
+            raise UserError(f"engine.kind is {self.kind!r}: use {', '.join(KINDS)}")
+        for name in ("batch_size", "batch_tokens", "encoders"):
+            if getattr(self, name) < 1:
+                raise UserError(f"engine.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("context", "threads", "cache_mb"):
+            if getattr(self, name) < 0:
+                raise UserError(f"engine.{name} is {getattr(self, name)}: it must not be negative")

@@ -1,0 +1,312 @@
+"""The engine in process: Hugging Face ``generate`` on batches that form by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from hpc.errors import RecordError
+from insightv import models
+from insightv.engines.base import Completion, Request
+from insightv.engines.config import EngineConfig
+from insightv.engines.rows import RowSampler, RowStopper, decode
+from insightv.pictures import Pictures
+
+_TICK = 0.003
+"""A batch that is not full starts after this many seconds without a new request. Paths that
+were just answered come back with their next step well within it."""
+_CONTEXT = 4096
+"""For models whose configuration does not tell their longest input."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request on its way: encoded, with its token limit and the future of its reply."""
+
+    request: Request
+    encoding: models.Encoding
+    limit: int
+    reply: asyncio.Future[Completion]
+
+    @property
+    def prompt(self) -> int:
+        return len(self.encoding.ids)
+
+
+class TransformersEngine:
+    """Completes chats with a model folder (see ``insightv.engines.base.Engine``).
+
+    Requests wait until ``batch_size`` of them have come or none has come for a moment, then
+    the oldest runs with those closest to it in length, in a thread of its own.
+    """
+
+    def __init__(self, model_folder: str | Path, config: EngineConfig, pictures: Pictures):
+        """Loads the model.
+
+        Raises:
+            UserError: The folder or the configuration is wrong.
+        """
+        config.validate()
+        loaded = models.load(model_folder, config.device, config.dtype)
+        self.digest = loaded.digest
+        # One batch runs while the next one gathers.
+        self.concurrency = 2 * config.batch_size
+        self.context = config.context or _context(loaded.model)
+        self._model: Any = loaded.model
+        self._processor = loaded.processor
+        self._tokenizer = loaded.tokenizer
+        self._autocast = config.autocast
+        self._ends = _ends(loaded)
+        # Sampling is the rows' own matter: what the folder recommends must not interfere.
+        self._model.generation_config = GenerationConfig(pad_token_id=self._tokenizer.pad_token_id)
+        self._rows = config.batch_size
+        self._budget = config.batch_tokens
+        self._pictures = pictures
+        self._cache = _PictureCache(self._encode_picture, config.cache_mb * 2**20)
+        self._pending: list[_Job] = []
+        self._preparing = 0
+        self._arrived = 0
+        self._runner: asyncio.Task[None] | None = None
+        self._encoders = ThreadPoolExecutor(config.encoders, "encode")
+        # The number of threads is the calling thread's own, so the worker sets it.
+        threads = config.threads or torch.get_num_threads()
+        self._worker = ThreadPoolExecutor(1, "model", torch.set_num_threads, (threads,))
+
+    async def complete(self, request: Request) -> Completion:
+        """Completes one chat, in a batch with others that are awaited at the same time."""
+        loop = asyncio.get_running_loop()
+        self._preparing += 1
+        try:
+            encoding = await loop.run_in_executor(self._encoders, self._encode, request)
+        finally:
+            self._preparing -= 1
+        room = self.context - len(encoding.ids)
+        if room < 1:
+            raise RecordError(f"prompt of {len(encoding.ids)} tokens, context of {self.context}")
+        limit = min(request.sampling.max_tokens, room)
+        job = _Job(request, encoding, limit, loop.create_future())
+        self._pending.append(job)
+        self._arrived += 1
+        if self._runner is None or self._runner.done():
+            self._runner = loop.create_task(self._run())
+        return await job.reply
+
+    def count(self, request: Request) -> int:
+        """Length of the request's prompt in tokens, pictures included."""
+        return len(self._encode(request).ids)
+
+    async def close(self) -> None:
+        """Lets a running batch end, refuses what waits, frees the model."""
+        if self._runner is not None:
+            self._runner.cancel()
+        for job in self._pending:
+            job.reply.cancel()
+        self._pending.clear()
+        await asyncio.to_thread(self._worker.shutdown)
+        await asyncio.to_thread(self._encoders.shutdown)
+        self._model = None
+        _free()
+
+    def _encode(self, request: Request) -> models.Encoding:
+        encoded = [self._cache.get(picture) for picture in request.pictures]
+        return models.encode(self._processor, request.messages, encoded)
+
+    def _encode_picture(self, picture: str) -> models.EncodedPicture:
+        return models.encode_picture(self._processor, self._pictures.image(picture))
+
+    async def _run(self) -> None:
+        """Runs batches until nothing waits."""
+        loop = asyncio.get_running_loop()
+        while self._pending:
+            await self._gather()
+            batch = self._take()
+            if not batch:
+                continue
+            try:
+                replies = await loop.run_in_executor(self._worker, self._serve, batch)
+            except BaseException as error:
+                for job in batch:
+                    if not job.reply.done():
+                        job.reply.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+                continue
+            for job, reply in zip(batch, replies, strict=True):
+                if job.reply.done():  # its caller gave up
+                    continue
+                if isinstance(reply, RecordError):
+                    job.reply.set_exception(reply)
+                else:
+                    job.reply.set_result(reply)
+
+    async def _gather(self) -> None:
+        """Waits while more requests are coming and the batch is not full."""
+        while len(self._pending) < self._rows:
+            arrived = self._arrived
+            await asyncio.sleep(_TICK)
+            if self._arrived == arrived and not self._preparing:
+                return
+
+    def _take(self) -> list[_Job]:
+        """The oldest request and those nearest to it in length, within rows and tokens."""
+        self._pending = [job for job in self._pending if not job.reply.done()]
+        if not self._pending:
+            return []
+        oldest = self._pending[0]
+
+        def distance(job: _Job) -> int:
+            return abs(job.prompt - oldest.prompt) + abs(job.limit - oldest.limit)
+
+        batch: list[_Job] = []
+        prompt = limit = 0
+        for job in [oldest, *sorted(self._pending[1:], key=distance)]:
+            prompt, limit = max(prompt, job.prompt), max(limit, job.limit)
+            too_long = batch and (len(batch) + 1) * (prompt + limit) > self._budget
+            if too_long or len(batch) == self._rows:
+                break
+            batch.append(job)
+        taken = set(batch)
+        self._pending = [job for job in self._pending if job not in taken]
+        return batch
+
+    def _serve(self, batch: list[_Job]) -> list[Completion | RecordError]:
+        """Runs a batch; without the memory for it, its halves, and smaller ones from then on."""
+        try:
+            return list(self._generate(batch))
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+        _free()  # outside the handler, whose traceback would keep the tensors alive
+        longest = max(job.prompt for job in batch) + max(job.limit for job in batch)
+        if len(batch) == 1:
+            return [RecordError(f"out of memory with one row of {longest} tokens")]
+        self._budget = max(1, min(self._budget, len(batch) * longest // 2))
+        log.warning("out of memory; batches of %d tokens from now on", self._budget)
+        half = len(batch) // 2
+        return self._serve(batch[:half]) + self._serve(batch[half:])
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[_Job]) -> list[Completion]:
+        """One batch through ``generate``."""
+        model = self._model
+        inputs = models.collate([job.encoding for job in batch], self._tokenizer.pad_token_id)
+        for name, tensor in inputs.items():
+            dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
+            inputs[name] = tensor.to(model.device, dtype)
+        prompt = inputs["input_ids"].shape[1]
+        requests = [job.request for job in batch]
+        limits = [job.limit for job in batch]
+        sampler = RowSampler(requests, limits, inputs["attention_mask"])
+        stopper = RowStopper(requests, limits, prompt, self._tokenizer, self._ends, model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self._autocast):
+            tokens = model.generate(
+                **inputs,
+                generation_config=GenerationConfig(
+                    max_new_tokens=max(limits),
+                    do_sample=False,
+                    pad_token_id=self._tokenizer.pad_token_id,
+                    eos_token_id=self._ends or None,
+                ),
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([stopper]),
+            )
+        rows = tokens[:, prompt:].tolist()
+        lengths = stopper.lengths.tolist()
+        return [
+            self._completion(job, row[:length])
+            for job, row, length in zip(batch, rows, lengths, strict=True)
+        ]
+
+    def _completion(self, job: _Job, ids: list[int]) -> Completion:
+        """The text of a row's new tokens, cut before its first stop string."""
+        ended = bool(ids) and ids[-1] in self._ends
+        # Decoders that drop a leading space must see what stands before.
+        before = job.encoding.ids[-4:]
+        prefix = decode(self._tokenizer, before)
+        text = decode(self._tokenizer, before + ids)
+        text = text[len(prefix) :] if text.startswith(prefix) else decode(self._tokenizer, ids)
+        found = [place for stop in job.request.stop if stop and (place := text.find(stop)) >= 0]
+        if found:
+            text = text[: min(found)]
+        return Completion(text, len(ids), "stop" if ended or found else "length")
+
+
+class _PictureCache:
+    """Encoded pictures by id, each encoded once; the least recently used go first."""
+
+    def __init__(self, encode: Callable[[str], models.EncodedPicture], limit: int):
+        self._encode = encode
+        self._limit = limit
+        self._size = 0
+        self._entries: OrderedDict[str, Future[models.EncodedPicture]] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, picture: str) -> models.EncodedPicture:
+        """Encodes a picture, waits for a thread that already does, or remembers.
+
+        Raises:
+            RecordError: The picture is missing, damaged or refused.
+        """
+        with self._lock:
+            future = self._entries.get(picture)
+            if future is not None:
+                self._entries.move_to_end(picture)
+            else:
+                ours = self._entries[picture] = Future()
+        if future is not None:
+            return future.result()
+        try:
+            ours.set_result(self._encode(picture))
+        except BaseException as error:
+            with self._lock:
+                self._entries.pop(picture, None)
+            ours.set_exception(error)
+            raise
+        with self._lock:
+            self._size += ours.result().bytes
+            for name, entry in list(self._entries.items()):
+                if self._size <= self._limit:
+                    break
+                if entry.done():
+                    del self._entries[name]
+                    self._size -= entry.result().bytes
+        return ours.result()
+
+
+def _ends(loaded: models.LoadedModel) -> list[int]:
+    """The tokens that end a turn, as the folder and the tokenizer tell them."""
+    told = loaded.model.generation_config.eos_token_id
+    told = told if isinstance(told, Sequence) else [told]
+    return sorted({end for end in [*told, loaded.tokenizer.eos_token_id] if end is not None})
+
+
+def _context(model: Any) -> int:
+    """The longest input the language model was made for."""
+    text = model.config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or _CONTEXT
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an error is about memory, on a GPU or (where torch has no type for it) a CPU."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(word in str(error).lower() for word in words)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,269 @@
+"""From questions to pairs: what each round generated, how it was judged, what was kept.
+
+Reads shards as a stream: a paper-sized round (1.6 million paths) needs memory for its
+counts only. A stage that is not complete is left out; the page says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hpc import shards
+from hpc.rundir import RunDir
+from hpc.stages import Row
+from insightv.evaluation.statistics import agreement, auc
+
+OUTCOMES = ("right", "wrong", "undecided")
+BINS = 20
+_ROUND = re.compile(r"r(\d+)-generate")
+_PATH_KEY = re.compile(r"/r(\d+)/p\d+$")
+_REASONS = 8
+_POINTS = 400
+
+
+def complete(run: Path, stage: str) -> bool:
+    """Whether the stage has been committed by its gate."""
+    return RunDir(run).manifest(stage).is_file()
+
+
+def shard_folder(run: Path, stage: str) -> Path:
+    """Where a stage's shards are."""
+    return RunDir(run).shards(stage)
+
+
+def stage_names(run: Path) -> list[str]:
+    """Every stage that has a folder in the run."""
+    folder = run / "stages"
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+
+
+def rounds(run: Path) -> list[int]:
+    """The rounds whose generation is complete."""
+    found = (_ROUND.fullmatch(name) for name in stage_names(run))
+    numbers = sorted(int(match[1]) for match in found if match)
+    return [number for number in numbers if complete(run, f"r{number}-generate")]
+
+
+def rank_of_round(stage: str) -> int:
+    """The round a stage belongs to; -1 for those before the rounds."""
+    match = re.match(r"r(\d+)-", stage)
+    return int(match[1]) if match else -1
+
+
+def outcome(correct: bool | None) -> str:
+    """The name of a verdict."""
+    return "undecided" if correct is None else "right" if correct else "wrong"
+
+
+def funnel(run: Path) -> dict[str, Any]:
+    """Counts from questions to pairs, each round's distributions, and the training sets.
+
+    Returns:
+        ``{"questions": n, "rounds": [...], "sets": {...}}``; a number is None while its stage is
+        not complete.
+    """
+    sets, kept = _sets(run)
+    return {
+        "questions": _count(run, "questions-train"),
+        "rounds": [_round(run, number, kept[number]) for number in rounds(run)],
+        "sets": sets,
+    }
+
+
+def _count(run: Path, stage: str) -> int | None:
+    if not complete(run, stage):
+        return None
+    return sum(sidecar.rows for sidecar in shards.sidecars(shard_folder(run, stage)).values())
+
+
+def _round(run: Path, number: int, kept: Mapping[str, int]) -> dict[str, Any]:
+    """One round's counts, from the stages of it that are complete."""
+    stages = {
+        role: f"r{number}-{stage}"
+        for role, stage in (("paths", "generate"), ("verdicts", "judge"), ("scores", "score"))
+    }
+    present = {role: stage for role, stage in stages.items() if complete(run, stage)}
+    tally = _Tally()
+    folders = {role: shard_folder(run, stage) for role, stage in present.items()}
+    for _, rows in shards.join(folders):
+        tally.add(rows)
+    failures = Counter(
+        reason for _, reason in shards.read_errors(shard_folder(run, stages["paths"]))
+    )
+    report = {
+        "round": number,
+        **tally.report("verdicts" in present, "scores" in present),
+        "failed_questions": failures.total(),
+        "failures": dict(failures.most_common(_REASONS)),
+        "kept": dict(kept),
+        "agreement": _agreement(run, number),
+    }
+    pairs = f"r{number}-pairs"
+    if complete(run, pairs):
+        kinds = Counter(row["kind"] for row in shards.read_rows(shard_folder(run, pairs)))
+        report |= {"pairs": kinds.total(), "pair_kinds": dict(kinds)}
+    else:
+        report |= {"pairs": None, "pair_kinds": {}}
+    return report
+
+
+class _Tally:
+    """Counts over one round's paths."""
+
+    def __init__(self) -> None:
+        self.questions = self.paths = self.unanswered = self.tokens = 0
+        self.finish: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.verdicts: Counter[str] = Counter()
+        self.rules: Counter[str] = Counter()
+        self.unscored: Counter[str] = Counter()
+        self.solved: Counter[str] = Counter()
+        self.lengths: dict[str, dict[str, Counter[int]]] = {
+            measure: {name: Counter() for name in OUTCOMES}
+            for measure in ("tokens", "steps", "total", "logic", "grounding", "completeness")
+        }
+
+    def add(self, rows: Mapping[str, list[Row]]) -> None:
+        """Counts one question's rows, by role."""
+        self.questions += 1
+        verdicts = {row["path"]: row for row in rows.get("verdicts", ())}
+        for path in rows["paths"]:
+            if "steps" not in path:
+                self.failed[path.get("reason", "failed")] += 1
+                continue
+            verdict = verdicts.get(path["key"])
+            name = outcome(verdict["correct"] if verdict else None)
+            self.paths += 1
+            self.tokens += path["tokens"]
+            self.finish[path["finish"]] += 1
+            self.unanswered += not path["answer"]
+            self.lengths["tokens"][name][path["tokens"]] += 1
+            self.lengths["steps"][name][len(path["steps"])] += 1
+            if verdict:
+                self.verdicts[name] += 1
+                self.rules[verdict["rule"]] += 1
+        for score in rows.get("scores", ()):
+            self._score(score, verdicts)
+        names = {outcome(row["correct"]) for row in verdicts.values()}
+        self.solved["some right"] += "right" in names
+        self.solved["right and wrong"] += {"right", "wrong"} <= names
+
+    def _score(self, score: Row, verdicts: Mapping[str, Row]) -> None:
+        if score["total"] is None:
+            self.unscored[score["reason"] or "no score"] += 1
+            return
+        verdict = verdicts.get(score["path"])
+        name = outcome(verdict["correct"] if verdict else None)
+        for measure in ("total", "logic", "grounding", "completeness"):
+            if score[measure] is not None:
+                self.lengths[measure][name][score[measure]] += 1
+
+    def report(self, judged: bool, scored: bool) -> dict[str, Any]:
+        """The counts as JSON values; None for what no complete stage tells."""
+        totals = self.lengths["total"]
+        return {
+            "questions": self.questions,
+            "paths": self.paths,
+            "tokens": self.tokens,
+            "answered": self.paths - self.unanswered,
+            "failed_paths": self.failed.total(),
+            "path_failures": dict(self.failed.most_common(_REASONS)),
+            "finish": dict(self.finish),
+            "verdicts": {name: self.verdicts[name] for name in OUTCOMES} if judged else None,
+            "rules": dict(self.rules.most_common()),
+            "solved": dict(self.solved) if judged else None,
+            "scored": sum(counter.total() for counter in totals.values()) if scored else None,
+            "unscored": dict(self.unscored.most_common(_REASONS)),
+            "score_auc": _auc(totals["right"], totals["wrong"]),
+            "distributions": {
+                measure: _distribution(counters, measure)
+                for measure, counters in self.lengths.items()
+                if any(counters.values())
+            },
+        }
+
+
+def _distribution(counters: Mapping[str, Counter[int]], measure: str) -> dict[str, Any]:
+    """Binned counts of each outcome, with its mean; scores span 1-100, lengths 0 to their most."""
+    most = max(value for counter in counters.values() for value in counter)
+    low, high, bins = 0.0, 100.0, BINS
+    if measure in ("tokens", "steps"):
+        # Whole numbers stand in the middle of their bin.
+        width = -(-(most + 1) // BINS)
+        bins = -(-(most + 1) // width)
+        low, high = -0.5, bins * width - 0.5
+    report: dict[str, Any] = {"low": low, "high": high}
+    for name, counter in counters.items():
+        counts = [0] * bins
+        for value, count in counter.items():
+            counts[min(bins - 1, int((value - low) * bins / (high - low)))] += count
+        total = counter.total()
+        mean = sum(value * count for value, count in counter.items()) / total if total else None
+        report[name] = {"counts": counts, "n": total, "mean": mean}
+    return report
+
+
+def _auc(right: Counter[int], wrong: Counter[int]) -> float | None:
+    """How well the total score tells right paths from wrong ones; None if one kind is unscored."""
+    if not right or not wrong:
+        return None
+    scores = [*right.elements(), *wrong.elements()]
+    return auc(scores, [True] * right.total() + [False] * wrong.total())
+
+
+def _agreement(run: Path, number: int) -> dict[str, Any] | None:
+    """Test-retest agreement of the round's scores, where a sample was scored a second time."""
+    stages = [f"r{number}-score", f"r{number}-rescore"]
+    if not all(complete(run, stage) for stage in stages):
+        return None
+    again = {
+        row["path"]: row["total"]
+        for row in shards.read_rows(shard_folder(run, stages[1]))
+        if row["total"] is not None
+    }
+    both = [
+        (row["total"], again[row["path"]])
+        for row in shards.read_rows(shard_folder(run, stages[0]))
+        if row["total"] is not None and row["path"] in again
+    ]
+    first, second = [a for a, _ in both], [b for _, b in both]
+    found = agreement(first, second)
+    return {
+        "n": found.n,
+        "pearson": known(found.pearson),
+        "spearman": known(found.spearman),
+        "difference": known(found.difference),
+        "points": both[:_POINTS],
+    }
+
+
+def known(value: float) -> float | None:
+    """JSON has no NaN: what cannot be told is null."""
+    return None if value != value else value
+
+
+def _sets(run: Path) -> tuple[dict[str, Any], dict[int, Counter[str]]]:
+    """The training sets: samples of each kind, and how many paths of each round they hold."""
+    sets: dict[str, Any] = {}
+    kept: dict[int, Counter[str]] = {number: Counter() for number in rounds(run)}
+    for stage in stage_names(run):
+        if not stage.startswith("set-") or not complete(run, stage):
+            continue
+        name = stage.removeprefix("set-")
+        kinds: Counter[str] = Counter()
+        for row in shards.read_rows(shard_folder(run, stage)):
+            kinds[row["kind"]] += 1
+            for number in _rounds_of(row["parents"]):
+                kept.setdefault(number, Counter())[name] += 1
+        sets[name] = {"samples": kinds.total(), "kinds": dict(kinds.most_common())}
+    return sets, kept
+
+
+def _rounds_of(parents: Iterable[str]) -> set[int]:
+    return {int(match[1]) for parent in parents if (match := _PATH_KEY.search(parent))}

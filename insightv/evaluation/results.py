@@ -1,0 +1,396 @@
+"""``results.json``: the ladder with intervals, paired differences, confusion, harm and rescue.
+
+Accuracy is the share of right answers among the decided ones; undecided and failed
+questions are counted beside it, never as wrong. A paired difference rests on the questions
+that both entries have decided. All shares are fractions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from hpc import shards
+from hpc.rundir import RunDir, write_json
+from insightv.evaluation.funnel import complete, funnel, known, shard_folder, stage_names
+from insightv.evaluation.statistics import Estimate, accuracy, paired_difference
+from insightv.records import Question
+
+Results = dict[str, Any]
+
+LADDER = (
+    "base",
+    "base_reasoning",
+    "direct_sft",
+    "multi_turn",
+    "summary_only",
+    "multi_agent",
+    "dpo",
+    "iterative_dpo",
+)
+"""The order of the ladder; entries of other names (controls) follow in their own order."""
+
+PAPER: dict[str, dict[str, float]] = {
+    "base": {"chartqa": 0.757, "average": 0.592},
+    "direct_sft": {"chartqa": 0.792, "average": 0.606},
+    "multi_turn": {"chartqa": 0.796, "average": 0.610},
+    "summary_only": {"chartqa": 0.763, "average": 0.598},
+    "multi_agent": {"chartqa": 0.812, "average": 0.621},
+    "dpo": {"average": 0.627},
+    "iterative_dpo": {"chartqa": 0.815, "average": 0.633},
+}
+"""What Insight-V reports on its own base: arXiv 2411.14432, tables 1, 3 and 4."""
+
+CARD = ("agent", "none", "other")
+"""Whose reasoning the summary agent is given: the agent's, nobody's, another question's."""
+
+
+@dataclass(slots=True)
+class Told:
+    """What one entry did with one question, without its texts."""
+
+    correct: bool | None
+    reasoning: str
+    tokens: int
+
+
+@dataclass
+class Asked:
+    """The test questions and what every entry told about them.
+
+    Attributes:
+        questions: Benchmark, task and group of each question, by key.
+        told: Entry, then question, to what it did.
+        failed: Entry, then benchmark, to the number of questions that failed.
+    """
+
+    questions: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    told: dict[str, dict[str, Told]] = field(default_factory=dict)
+    failed: dict[str, Counter[str]] = field(default_factory=dict)
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Names of the question sets; ``charts`` first, for it is what the run trains for."""
+        names = {benchmark for benchmark, _, _ in self.questions.values()}
+        return sorted(names, key=lambda name: (name != "charts", name))
+
+    def benchmark(self, key: str) -> str:
+        """The benchmark of a question; empty if it is not among the test questions."""
+        return self.questions.get(key, ("", "", ""))[0]
+
+    def decided(self, *entries: str, benchmark: str) -> list[str]:
+        """Questions of a benchmark that every one of the entries has decided."""
+        return [
+            key
+            for key, (name, _, _) in self.questions.items()
+            if name == benchmark
+            and all(
+                (told := self.told[entry].get(key)) is not None and told.correct is not None
+                for entry in entries
+            )
+        ]
+
+
+def write_results(run: Path, seed: int = 0) -> Results:
+    """Collects the results and writes ``results.json`` into the run directory."""
+    results = collect(run, seed)
+    write_json(RunDir(run).results, results)
+    return results
+
+
+def collect(run: Path, seed: int = 0) -> Results:
+    """Reads every complete stage of a run; what is not there yet is empty or null.
+
+    Args:
+        run: The run directory.
+        seed: Seed of the resamples.
+    """
+    asked = read_predictions(run)
+    card = {name for name in asked.told if name.rpartition(":")[2] in CARD}
+    entries = sorted(asked.told.keys() - card, key=_place)
+    return {
+        "run": run.resolve().name,
+        "seed": seed,
+        "benchmarks": asked.benchmarks,
+        "ladder": [
+            _rung(asked, entry, benchmark, seed)
+            for benchmark in asked.benchmarks
+            for entry in entries
+        ],
+        "tasks": {entry: _tasks(asked, entry) for entry in entries},
+        "differences": [
+            _difference(asked, second, first, benchmark, seed)
+            for benchmark in asked.benchmarks
+            for first, second in itertools.combinations(entries, 2)
+        ],
+        "confusion": _confusion(asked, entries),
+        "judge_card": _judge_card(asked, seed),
+        "funnel": (counts := funnel(run)),
+        "score_agreement": {str(row["round"]): row["agreement"] for row in counts["rounds"]},
+        "training": training(run),
+    }
+
+
+def read_predictions(run: Path) -> Asked:
+    """The predictions of every complete ``eval-`` stage."""
+    asked = Asked()
+    if not complete(run, "questions-test"):
+        return asked
+    for row in shards.read_rows(shard_folder(run, "questions-test")):
+        question = Question.from_json(row)
+        asked.questions[question.key] = (
+            question.benchmark,
+            question.task,
+            question.group or question.key,
+        )
+    for stage in stage_names(run):
+        if not stage.startswith("eval-") or not complete(run, stage):
+            continue
+        seen = set()
+        for row in shards.read_rows(shard_folder(run, stage)):
+            seen.add(row["entry"])
+            reasoning = "none"
+            if row["reasoning"]:
+                reasoning = _name(row["reasoning_correct"])
+            asked.told.setdefault(row["entry"], {})[row["question"]] = Told(
+                row["correct"], reasoning, row["tokens"]
+            )
+        failed = Counter(
+            key.split(":", 1)[0] for key, _ in shards.read_errors(shard_folder(run, stage))
+        )
+        asked.failed |= dict.fromkeys(seen, failed)
+    return asked
+
+
+def _place(entry: str) -> tuple[int, str]:
+    return (LADDER.index(entry) if entry in LADDER else len(LADDER), entry)
+
+
+def _name(correct: bool | None) -> str:
+    return "undecided" if correct is None else "right" if correct else "wrong"
+
+
+def _interval(estimate: Estimate) -> list[float] | None:
+    return [estimate.low, estimate.high] if estimate.n else None
+
+
+def _rung(asked: Asked, entry: str, benchmark: str, seed: int) -> dict[str, Any]:
+    """One entry on one benchmark."""
+    told = {
+        key: told for key, told in asked.told[entry].items() if asked.benchmark(key) == benchmark
+    }
+    decided = asked.decided(entry, benchmark=benchmark)
+    estimate = accuracy(
+        [bool(told[key].correct) for key in decided],
+        [asked.questions[key][2] for key in decided],
+        seed,
+    )
+    return {
+        "name": entry,
+        "benchmark": benchmark,
+        "accuracy": known(estimate.value),
+        "ci95": _interval(estimate),
+        "n": estimate.n,
+        "groups": estimate.groups,
+        "undecided": len(told) - len(decided),
+        "failed": asked.failed.get(entry, Counter())[benchmark],
+        "tokens": sum(row.tokens for row in told.values()) / len(told) if told else None,
+        "paper": PAPER.get(entry) if benchmark == "charts" else None,
+    }
+
+
+def _tasks(asked: Asked, entry: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Accuracy by benchmark and task."""
+    counts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for key, told in asked.told[entry].items():
+        if key in asked.questions and told.correct is not None:
+            benchmark, task, _ = asked.questions[key]
+            counts[benchmark][task].append(told.correct)
+    return {
+        benchmark: {
+            task: {"accuracy": sum(right) / len(right), "n": len(right)}
+            for task, right in sorted(tasks.items())
+        }
+        for benchmark, tasks in sorted(counts.items())
+    }
+
+
+def _difference(asked: Asked, entry: str, other: str, benchmark: str, seed: int) -> dict[str, Any]:
+    """``entry`` minus ``other`` on the questions both have decided."""
+    keys = asked.decided(entry, other, benchmark=benchmark)
+    estimate = paired_difference(
+        [bool(asked.told[entry][key].correct) for key in keys],
+        [bool(asked.told[other][key].correct) for key in keys],
+        [asked.questions[key][2] for key in keys],
+        seed,
+    )
+    paper = None
+    if benchmark == "charts" and entry in PAPER and other in PAPER:
+        shared = PAPER[entry].keys() & PAPER[other].keys()
+        paper = {name: round(PAPER[entry][name] - PAPER[other][name], 3) for name in sorted(shared)}
+    return {
+        "name": f"{entry} - {other}",
+        "entry": entry,
+        "other": other,
+        "benchmark": benchmark,
+        "difference": known(estimate.value),
+        "ci95": _interval(estimate),
+        "n": estimate.n,
+        "paper": paper,
+    }
+
+
+def _confusion(asked: Asked, entries: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Entry to counts of ``reasoning_<right|wrong|…>_answer_<…>`` on the first benchmark.
+
+    Only entries that write reasoning have one (the paper's figure 6).
+    """
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry in entries:
+        for key, told in asked.told[entry].items():
+            if told.reasoning != "none" and asked.benchmark(key) == asked.benchmarks[0]:
+                table[entry][f"reasoning_{told.reasoning}_answer_{_name(told.correct)}"] += 1
+    return {entry: dict(sorted(counts.items())) for entry, counts in table.items()}
+
+
+def _judge_card(asked: Asked, seed: int) -> dict[str, Any] | None:
+    """How the summary agent fares with reasoning from the agent, none, or another question.
+
+    Harm is the share of the questions it answers rightly unaided that the reasoning turns
+    wrong; rescue the share of those it answers wrongly unaided that the reasoning turns right.
+    """
+    names = {entry.rpartition(":")[0] for entry in asked.told if entry.endswith(":none")}
+    if not names or not asked.benchmarks:
+        return None
+    name = min(names)
+    entries = {card: f"{name}:{card}" for card in CARD if f"{name}:{card}" in asked.told}
+    card: dict[str, Any] = {"entry": name, "benchmark": asked.benchmarks[0]}
+    keys = asked.decided(*entries.values(), benchmark=card["benchmark"])
+    groups = [asked.questions[key][2] for key in keys]
+    right = {
+        mode: [bool(asked.told[entry][key].correct) for key in keys]
+        for mode, entry in entries.items()
+    }
+    card |= {"n": len(keys), "ci95": {}, "harm": {}, "rescue": {}}
+    for mode, answers in right.items():
+        estimate = accuracy(answers, groups, seed)
+        card[mode] = known(estimate.value)
+        card["ci95"][mode] = _interval(estimate)
+        if mode == "none":
+            continue
+        card["harm"][mode] = _turned(right["none"], answers, was=True)
+        card["rescue"][mode] = _turned(right["none"], answers, was=False)
+    return card
+
+
+def _turned(before: list[bool], after: list[bool], was: bool) -> dict[str, Any]:
+    """Of the answers that were right (wrong), how many changed."""
+    of = sum(value == was for value in before)
+    changed = sum(a == was and b != was for a, b in zip(before, after, strict=True))
+    return {"changed": changed, "of": of, "share": changed / of if of else None}
+
+
+def training(run: Path) -> dict[str, Any]:
+    """Each training's ``metrics.jsonl``: where it is, and its first and last values."""
+    found = {}
+    for stage in stage_names(run):
+        path = run / "stages" / stage / "metrics.jsonl"
+        if rows := read_metrics(path):
+            first, last = rows[0], rows[-1]
+            found[stage] = {
+                "file": str(path.relative_to(run)),
+                "steps": len(rows),
+                "first": {name: first[name] for name in sorted(first)},
+                "last": {name: last[name] for name in sorted(last)},
+            }
+    return found
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The finite numbers of each line; a line cut off by a kill is passed over."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            numbers = {
+                name: float(value)
+                for name, value in row.items()
+                if isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and abs(value) < float("inf")
+            }
+            if numbers:
+                rows.append(numbers)
+    return rows
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """The ladder as a terminal table: a row an entry, a column a benchmark, in per cent."""
+    table = Table(title="What each step was worth", caption=_caption(results))
+    table.add_column("entry")
+    for benchmark in results["benchmarks"]:
+        table.add_column(f"{escape(benchmark)} [dim]%[/]", justify="right")
+    table.add_column("− base [dim]points[/]", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("paper [dim]ChartQA[/]", justify="right")
+    cells = {(row["name"], row["benchmark"]): row for row in results["ladder"]}
+    gains = {(row["entry"], row["other"], row["benchmark"]): row for row in results["differences"]}
+    main = results["benchmarks"][0] if results["benchmarks"] else ""
+    for entry in dict.fromkeys(row["name"] for row in results["ladder"]):
+        rung = cells[entry, main]
+        gain = gains.get((entry, "base", main))
+        paper = (rung["paper"] or {}).get("chartqa")
+        table.add_row(
+            escape(entry),
+            *(percent(cells[entry, benchmark]) for benchmark in results["benchmarks"]),
+            points(gain) if gain else "",
+            "" if rung["tokens"] is None else f"{rung['tokens']:.0f}",
+            "" if paper is None else f"{100 * paper:.1f}",
+        )
+    return table
+
+
+def percent(rung: Mapping[str, Any]) -> str:
+    """``61.2 [58.0, 64.1]``."""
+    if rung["accuracy"] is None:
+        return "–"
+    low, high = rung["ci95"]
+    return f"{100 * rung['accuracy']:.1f} [dim]\\[{100 * low:.1f}, {100 * high:.1f}][/]"
+
+
+def points(row: Mapping[str, Any]) -> str:
+    """``+4.1 [1.0, 7.2]``."""
+    if row["difference"] is None:
+        return "–"
+    low, high = row["ci95"]
+    return f"{100 * row['difference']:+.1f} [dim]\\[{100 * low:+.1f}, {100 * high:+.1f}][/]"
+
+
+def _caption(results: Mapping[str, Any]) -> str:
+    """What the numbers rest on."""
+    main = results["benchmarks"][0] if results["benchmarks"] else ""
+    rungs = [row for row in results["ladder"] if row["benchmark"] == main]
+    if not rungs:
+        return "no entry of the ladder is complete yet"
+    undecided = sum(row["undecided"] for row in results["ladder"])
+    failed = sum(row["failed"] for row in results["ladder"])
+    text = (
+        f"95 % intervals by resampling {rungs[0]['groups']} tables ({main}: {rungs[0]['n']} "
+        f"questions); differences are paired, on {main}"
+    )
+    if undecided or failed:
+        text += f"; left out: {undecided} undecided, {failed} failed"
+    return text

@@ -1,0 +1,374 @@
+"""From rows to batches: tokens, targets, and which sample belongs to which step.
+
+A sample is tokenised as inference does it: the tokens of the chat up to an assistant turn
+are exactly those a model is given when it is asked for that turn. Targets are the turn's
+text and the end-of-turn token.
+
+Which samples make up a step depends on (seed, step) alone. How a step is cut into
+micro-batches depends on lengths and the token budget, and changes no result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc.errors import RecordError, UserError
+from hpc.stages import Row
+from insightv import models
+from insightv.pictures import Pictures
+from insightv.records import Message, PreferencePair, RecordFormatError, TrainingSample, seed_for
+
+
+class TooLong(RecordError):
+    """The sample has more tokens than ``max_length``; it is dropped, never cut."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One sequence: a chat whose last turn is the assistant's, closed.
+
+    Attributes:
+        encoding: Token ids, marks and pictures of the whole chat.
+        spans: Half-open ranges of ``encoding.ids`` that are targets.
+    """
+
+    encoding: models.Encoding
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def targets(self) -> int:
+        """How many tokens the loss covers."""
+        return sum(stop - start for start, stop in self.spans)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a training row becomes: one reply (SFT) or winner and loser (preference pair).
+
+    Attributes:
+        key: The row's key.
+        replies: The sequences.
+        reference: Their summed log-probabilities under the reference model; empty for SFT.
+    """
+
+    key: str
+    replies: tuple[Reply, ...]
+    reference: tuple[float, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest of its sequences."""
+        return max(len(reply.encoding.ids) for reply in self.replies)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as plain tensors.
+
+    Targets are listed, not laid out: target t is predicted by the hidden state at flat
+    position ``positions[t]`` of the [rows, width] inputs, and belongs to reply
+    ``segments[t]``. So logits are computed where they count only, and one position may
+    predict several targets.
+
+    Attributes:
+        inputs: What the model takes: token ids [rows, width], right-padded, pictures, marks.
+        positions: [T] indices into rows × width.
+        targets: [T] token ids.
+        segments: [T] reply numbers, 0 … replies - 1, in the order of the examples.
+        reference: [replies] log-probability sums under the reference; empty for SFT.
+        replies: How many replies.
+        keys: Keys of the examples.
+        tokens: Tokens without padding.
+    """
+
+    inputs: dict[str, Tensor]
+    positions: Tensor
+    targets: Tensor
+    segments: Tensor
+    reference: Tensor
+    replies: int
+    keys: tuple[str, ...]
+    tokens: int
+
+    def to(self, device: str) -> Batch:
+        """The same batch on another device."""
+        moved = {name: value.to(device) for name, value in self.inputs.items()}
+        tensors = {
+            name: getattr(self, name).to(device)
+            for name in ("positions", "targets", "segments", "reference")
+        }
+        return replace(self, inputs=moved, **tensors)
+
+
+class PictureCache:
+    """Prepared pictures by id, the least recently used dropped beyond a number of bytes."""
+
+    def __init__(self, processor: Any, pictures: Pictures, limit: int):
+        """Nothing is prepared before it is asked for; ``limit`` is in bytes."""
+        self._processor, self._pictures, self._limit = processor, pictures, limit
+        self._kept: OrderedDict[str, models.EncodedPicture] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, picture: str) -> models.EncodedPicture:
+        """The prepared picture.
+
+        Raises:
+            RecordError: It is missing, broken, or refused by the model's processor.
+        """
+        with self._lock:
+            if picture in self._kept:
+                self._kept.move_to_end(picture)
+                return self._kept[picture]
+        encoded = models.encode_picture(self._processor, self._pictures.image(picture))
+        with self._lock:
+            if picture not in self._kept and encoded.bytes <= self._limit:
+                self._kept[picture] = encoded
+                self._bytes += encoded.bytes
+                while self._bytes > self._limit:
+                    self._bytes -= self._kept.popitem(last=False)[1].bytes
+        return encoded
+
+
+class Encoder:
+    """Turns rows into examples."""
+
+    def __init__(self, processor: Any, pictures: Pictures, max_length: int, cache_mb: int):
+        """Takes a loaded model's processor; ``max_length`` in tokens."""
+        self.processor, self.max_length = processor, max_length
+        self._picture = PictureCache(processor, pictures, cache_mb * 2**20)
+        self._tail = end_of_turn(processor)
+
+    def sample(self, row: Row) -> Example:
+        """A `TrainingSample` row.
+
+        Raises:
+            RecordError: A picture is broken, the chat cannot be told, or it is too long.
+            UserError: The row is no training sample, or has nothing to learn.
+        """
+        sample = _record(TrainingSample, row)
+        reply = self._reply(sample.key, sample.messages, sample.pictures)
+        return Example(sample.key, (reply,))
+
+    def pair(self, row: Row) -> Example:
+        """A `PreferencePair` row; its reference values, where known, go with it.
+
+        Raises:
+            RecordError: As for samples.
+            UserError: The row is no preference pair.
+        """
+        pair = _record(PreferencePair, row)
+        replies = tuple(
+            self._reply(
+                pair.key, (*pair.prompt, Message("assistant", text, train=True)), pair.pictures
+            )
+            for text in (pair.chosen, pair.rejected)
+        )
+        known = (pair.reference_chosen, pair.reference_rejected)
+        return Example(pair.key, replies, tuple(value for value in known if value is not None))
+
+    def _reply(self, key: str, messages: Sequence[Message], pictures: Sequence[str]) -> Reply:
+        trained = [turn for turn, message in enumerate(messages) if message.train]
+        if not trained or any(messages[turn].role != "assistant" for turn in trained):
+            raise UserError(f"training sample {key}: mark the assistant turns to learn with train")
+        if messages[0].role != "user":
+            raise UserError(f"training sample {key}: the chat must begin with a user turn")
+        shown = [self._picture(picture) for picture in pictures]
+        last = trained[-1]
+        prompt = models.encode(self.processor, messages[:last], shown)
+        target = self._target(messages, last)
+        length = len(prompt.ids) + len(target)
+        if length > self.max_length:
+            raise TooLong(f"{length} tokens, more than max_length {self.max_length}")
+        spans = [self._earlier(messages, turn, shown, prompt) for turn in trained[:-1]]
+        marks = {name: [*values, *[0] * len(target)] for name, values in prompt.marks.items()}
+        whole = models.Encoding(prompt.ids + target, marks, prompt.pictures)
+        return Reply(whole, (*spans, (len(prompt.ids), length)))
+
+    def _target(self, messages: Sequence[Message], turn: int) -> list[int]:
+        """Tokens of an assistant turn as the model writes them, end of turn included."""
+        asked = models.render(self.processor, messages[:turn], 0)
+        answered = models.render(self.processor, messages[: turn + 1], 0)
+        if not answered.startswith(asked):
+            raise RecordError("the chat template changes a turn's beginning once it is answered")
+        text = answered[len(asked) :]
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return [*ids, *self._tail]
+
+    def _earlier(
+        self, messages: Sequence[Message], turn: int, shown: list[Any], prompt: models.Encoding
+    ) -> tuple[int, int]:
+        """Where an earlier trained turn stands in the prompt of the last one."""
+        asked = models.encode(self.processor, messages[:turn], shown).ids
+        target = self._target(messages, turn)
+        start, stop = len(asked), len(asked) + len(target)
+        if prompt.ids[:start] != asked or prompt.ids[start:stop] != target:
+            raise RecordError(f"turn {turn + 1} has other tokens once the chat goes on")
+        return start, stop
+
+
+def end_of_turn(processor: Any) -> list[int]:
+    """The tokens after an assistant's text up to the one that ends generation.
+
+    Where the chat template closes a turn without an end token, the tokenizer's is taken.
+    """
+    tokenizer = processor.tokenizer
+    word = "word"
+    chat = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "question"), ("assistant", word))
+    ]
+    text = processor.apply_chat_template(chat)
+    tail = text[text.rindex(word) + len(word) :]
+    ids: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    special = set(tokenizer.all_special_ids)
+    for place, token in enumerate(ids):
+        if token in special:
+            return ids[: place + 1]
+    return [tokenizer.eos_token_id]
+
+
+def collate(examples: Sequence[Example], pad_token: int) -> Batch:
+    """One micro-batch of whole examples.
+
+    The attention mask is left out on purpose: behind right padding no real token can look at
+    padding in a causal model, and without a mask attention takes its fast path.
+    """
+    rows = [reply for example in examples for reply in example.replies]
+    inputs = models.collate([row.encoding for row in rows], pad_token, side="right")
+    del inputs["attention_mask"]
+    width = inputs["input_ids"].shape[1]
+    positions, targets, segments = [], [], []
+    for number, row in enumerate(rows):
+        for start, stop in row.spans:
+            # The token at p is predicted at p - 1; a span never starts at 0, a prompt does.
+            positions.append(torch.arange(start - 1, stop - 1) + number * width)
+            targets.append(torch.tensor(row.encoding.ids[start:stop]))
+            segments.append(torch.full((stop - start,), number))
+    return Batch(
+        inputs=inputs,
+        positions=torch.cat(positions),
+        targets=torch.cat(targets),
+        segments=torch.cat(segments),
+        reference=torch.tensor(
+            [value for example in examples for value in example.reference], dtype=torch.float64
+        ),
+        replies=len(rows),
+        keys=tuple(example.key for example in examples),
+        tokens=sum(len(row.encoding.ids) for row in rows),
+    )
+
+
+def micro_batches(examples: Sequence[Example], pad_token: int, budget: int) -> list[Batch]:
+    """Cuts a step's examples into micro-batches of at most ``budget`` padded tokens.
+
+    Examples of like length go together, so that little is padding; one that alone exceeds
+    the budget goes alone.
+    """
+    groups: list[list[Example]] = []
+    rows = 0
+    for example in sorted(examples, key=lambda one: (one.length, one.key)):
+        rows += len(example.replies)
+        if not groups or rows * example.length > budget:
+            groups.append([])
+            rows = len(example.replies)
+        groups[-1].append(example)
+    return [collate(group, pad_token) for group in groups]
+
+
+class Rows:
+    """Training rows, kept on disk and read by number; a few bytes of memory each.
+
+    Attributes:
+        digest: SHA-256 (16 hex digits) over all rows.
+    """
+
+    def __init__(self, rows: Iterable[Row] | Path, directory: Path):
+        """Copies the rows of an iterable or a shard folder to a nameless file in ``directory``.
+
+        Raises:
+            UserError: There are none, or a shard is damaged.
+        """
+        if isinstance(rows, Path):
+            from hpc.shards import read_rows
+
+            source, lines = str(rows), read_rows(rows)
+        else:
+            source, lines = "the training data", iter(rows)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Closed with the object that reads it; unlinked from the start.
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        self._lock = threading.Lock()
+        total, offsets, end = hashlib.sha256(), [0], 0
+        for row in lines:
+            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            total.update(line)
+            end += self._file.write(line)
+            offsets.append(end)
+        if end == 0:
+            raise UserError(f"nothing to train on: {source} holds no rows")
+        self._offsets = np.array(offsets)
+        self.digest = total.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, number: int) -> Row:
+        start, end = self._offsets[number : number + 2].tolist()
+        with self._lock:
+            self._file.seek(start)
+            line = self._file.read(end - start)
+        row: Row = json.loads(line)
+        return row
+
+    def close(self) -> None:
+        """Gives the disk space back."""
+        self._file.close()
+
+
+def step_members(seed: int, step: int, rows: int, batch_size: int, epochs: int) -> list[int]:
+    """Row numbers of a step, from 0; the last step of all may be smaller.
+
+    Every epoch is its own seeded shuffle, and a step may begin in one and end in the next.
+    """
+    places = range(step * batch_size, min((step + 1) * batch_size, rows * epochs))
+    return [int(_shuffled(seed, place // rows, rows)[place % rows]) for place in places]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(rows)
+
+
+def encode_all(
+    rows: Iterable[Row], encode: Callable[[Row], Example]
+) -> tuple[list[Example], dict[str, str]]:
+    """Encodes rows; those that cannot be used come back as key → reason."""
+    examples, dropped = [], {}
+    for row in rows:
+        try:
+            examples.append(encode(row))
+        except RecordError as error:
+            dropped[str(row["key"])] = f"{type(error).__name__}: {error}"
+    return examples, dropped
+
+
+def _record(kind: Any, row: Row) -> Any:
+    try:
+        return kind.from_json(row)
+    except RecordFormatError as error:
+        key = row.get("key", "without a key")
+        raise UserError(f"training row {key}: {error}; remake the set") from None

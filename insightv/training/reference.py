@@ -1,0 +1,128 @@
+"""Reference log-probabilities as a map stage, so that a trainer holds one model only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from hpc.stages import Row
+from insightv import models
+from insightv.pictures import Pictures
+from insightv.training.batches import Encoder, Example, TooLong, micro_batches
+from insightv.training.config import ReferenceConfig
+from insightv.training.objectives import segment_sums
+from insightv.training.torch_backend import autocast, token_logps
+
+
+class Reference:
+    """`PreferencePair` rows in, the same rows with their reference values out.
+
+    Pairs of many questions share a batch: calls put their pairs into one queue, and whatever
+    has gathered there by the time the model is free goes through it together.
+    """
+
+    def __init__(self, model: Path, config: ReferenceConfig, pictures: Pictures):
+        """Loads the reference model.
+
+        Raises:
+            UserError: The folder is no model, or a value of ``config`` is out of its range.
+        """
+        config.validate()
+        self.concurrency = config.concurrency
+        self._config = config
+        loaded = models.load(model, device=config.device, dtype="float32")
+        self._model, self.digest = loaded.model, loaded.digest
+        self._pad: int = loaded.tokenizer.pad_token_id
+        self._encoder = Encoder(
+            loaded.processor, pictures, config.max_length, config.picture_cache_mb
+        )
+        self._waiting: list[tuple[Example, asyncio.Future[tuple[float, float]]]] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._drain: asyncio.Task[None] | None = None
+
+    async def __call__(self, key: str, inputs: Mapping[str, list[Row]]) -> list[Row]:
+        """Fills in ``reference_chosen``, ``reference_rejected`` and ``reference_model``.
+
+        A pair longer than ``max_length`` is passed on as it came; training drops and counts it.
+
+        Raises:
+            RecordError: A picture of the question is broken, or a chat cannot be told.
+        """
+        loop = asyncio.get_running_loop()
+        rows = inputs["pairs"]
+        examples = await loop.run_in_executor(self._thread, self._encode, rows)
+        values = [None if example is None else loop.create_future() for example in examples]
+        for example, value in zip(examples, values, strict=True):
+            if example is not None and value is not None:
+                self._waiting.append((example, value))
+        if self._waiting and (self._drain is None or self._drain.done()):
+            self._drain = asyncio.create_task(self._work())
+        return [
+            row if value is None else self._filled(row, await value)
+            for row, value in zip(rows, values, strict=True)
+        ]
+
+    async def close(self) -> None:
+        """Ends the thread; calls still waiting are cancelled."""
+        if self._drain is not None:
+            self._drain.cancel()
+        for _, value in self._waiting:
+            value.cancel()
+        self._waiting.clear()
+        self._thread.shutdown(wait=True)
+
+    def _filled(self, row: Row, values: tuple[float, float]) -> Row:
+        return {
+            **row,
+            "reference_chosen": values[0],
+            "reference_rejected": values[1],
+            "reference_model": self.digest,
+        }
+
+    def _encode(self, rows: Sequence[Row]) -> list[Example | None]:
+        examples: list[Example | None] = []
+        for row in rows:
+            try:
+                examples.append(self._encoder.pair(row))
+            except TooLong:
+                examples.append(None)
+        return examples
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            taken, self._waiting = self._waiting, []
+            try:
+                values = await loop.run_in_executor(
+                    self._thread, self._score, [example for example, _ in taken]
+                )
+            except Exception as error:  # every waiting call must hear of it
+                for _, future in taken:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), value in zip(taken, values, strict=True):
+                if not future.done():
+                    future.set_result(value)
+
+    @torch.no_grad()
+    def _score(self, examples: Sequence[Example]) -> list[tuple[float, float]]:
+        """Summed log-probabilities of (chosen, rejected), in the order of ``examples``."""
+        # Keys of pairs need not be unique across questions in flight; places are.
+        marked = [
+            Example(f"{place:09d}", example.replies) for place, example in enumerate(examples)
+        ]
+        device = str(self._model.device)
+        values: dict[int, tuple[float, float]] = {}
+        for batch in micro_batches(marked, self._pad, self._config.tokens_per_batch):
+            batch = batch.to(device)
+            with autocast(self._config.precision, device):
+                logps = token_logps(self._model, batch)
+            sums = segment_sums(logps, batch.segments, batch.replies).tolist()
+            for number, key in enumerate(batch.keys):
+                values[int(key)] = (sums[2 * number], sums[2 * number + 1])
+        return [values[place] for place in range(len(examples))]

@@ -1,0 +1,229 @@
+"""The torch backend: one device, fp32 weights, AdamW.
+
+A backend builds a model from a Hugging Face folder and offers `Backend`'s few methods; the
+trainer knows nothing else of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from hpc.errors import UserError
+from insightv import models
+from insightv.training.batches import Batch
+from insightv.training.config import TrainConfig
+from insightv.training.objectives import Objective, Replies, Totals
+
+LOGITS = 2**27
+"""At most this many logits (targets × vocabulary) are held at once: 0.5 GB in fp32."""
+_POSTPROCESSED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of families that change logits after the head, so that the head alone is wrong."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one optimizer step came to.
+
+    Attributes:
+        loss: Of the global batch.
+        grad_norm: Global gradient norm before clipping.
+        applied: False if the loss or a gradient was not a number: no weight was changed.
+        metrics: The objective's own numbers; empty if not applied.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    metrics: dict[str, float | bool]
+
+
+class Backend(Protocol):
+    """What a trainer asks of the machinery that holds the model."""
+
+    processor: Any
+    pad_token: int
+    digest: str
+    """Of the model folder training began from."""
+
+    def step(self, batches: Sequence[Batch], objective: Objective, rate: float) -> Outcome:
+        """Takes one optimizer step over all micro-batches."""
+        ...
+
+    def loss(self, batch: Batch, objective: Objective) -> float:
+        """The loss of one micro-batch by itself; no weight changes."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes everything a later `resume` needs into an existing folder."""
+        ...
+
+    def resume(self, folder: Path) -> None:
+        """Goes back to exactly the state that `save` wrote."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Writes the model in Hugging Face format."""
+        ...
+
+
+class TorchBackend:
+    """One model on one device."""
+
+    def __init__(self, folder: Path, config: TrainConfig):
+        """Loads the model and makes its optimizer.
+
+        Raises:
+            UserError: The folder is no model, or nothing in it is left to train.
+        """
+        loaded = models.load(folder, device=config.device, dtype="float32")
+        self.model, self.processor, self.digest = loaded.model, loaded.processor, loaded.digest
+        self.pad_token: int = loaded.tokenizer.pad_token_id
+        self.device = str(self.model.device)
+        self._precision, self._clip = config.precision, config.grad_clip or math.inf
+        torch.manual_seed(config.seed)  # dropout, where a model has any
+        self.model.train()
+        if config.freeze_vision:
+            models.freeze_vision(self.model)
+            models.vision_tower(self.model).eval()
+        if config.recompute:
+            # The newer name where there is one; the older goes with transformers 6.
+            enable = getattr(self.model, "activation_checkpointing_enable", None)
+            (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        self._trained = {
+            name: weight for name, weight in self.model.named_parameters() if weight.requires_grad
+        }
+        if not self._trained:
+            raise UserError(f"{folder}: every tensor is frozen, nothing is left to train")
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def step(self, batches: Sequence[Batch], objective: Objective, rate: float) -> Outcome:
+        """See `Backend`."""
+        totals = Totals.of(batches)
+        self._optimizer.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
+        parts: list[Replies] = []
+        for batch in batches:
+            batch = batch.to(self.device)
+            with autocast(self._precision, self.device):
+                logps = token_logps(self.model, batch)
+            share, part = objective.share(logps, batch, totals)
+            share.backward()
+            losses.append(share.detach())
+            if part is not None:
+                parts.append(part)
+        loss = torch.stack(losses).sum().item()
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._optimizer.zero_grad(set_to_none=True)
+            return Outcome(loss, norm, False, {})
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        return Outcome(loss, norm, True, objective.metrics(parts))
+
+    @torch.no_grad()
+    def loss(self, batch: Batch, objective: Objective) -> float:
+        """See `Backend`."""
+        batch = batch.to(self.device)
+        with autocast(self._precision, self.device):
+            logps = token_logps(self.model, batch)
+        return objective.share(logps, batch, Totals.of([batch]))[0].item()
+
+    def save(self, folder: Path) -> None:
+        """Weights that are trained, the optimizer's moments, random states; all safetensors."""
+        tensors = {f"weight.{name}": weight.detach() for name, weight in self._trained.items()}
+        for name, weight in self._trained.items():
+            for kind, value in self._optimizer.state.get(weight, {}).items():
+                tensors[f"{kind}.{name}"] = value
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.startswith("cuda"):
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            folder / "training.safetensors",
+        )
+
+    @torch.no_grad()
+    def resume(self, folder: Path) -> None:
+        """See `Backend`.
+
+        Raises:
+            UserError: The checkpoint is of another model.
+        """
+        tensors = load_file(folder / "training.safetensors")
+        saved = {name[7:] for name in tensors if name.startswith("weight.")}
+        if saved != self._trained.keys():
+            odd = sorted(saved ^ self._trained.keys())[0]
+            raise UserError(f"checkpoint {folder} is of another model ({odd} differs); remove it")
+        for name, weight in self._trained.items():
+            weight.copy_(tensors.pop(f"weight.{name}"))
+            # AdamW's `step` counter stays a CPU or device scalar wherever `fused` put it.
+            self._optimizer.state[weight] = {
+                kind: value.to(weight.device)
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+                if (value := tensors.pop(f"{kind}.{name}", None)) is not None
+            }
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.startswith("cuda") and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+
+    def export(self, folder: Path) -> None:
+        """See `Backend`."""
+        models.save(self.model, self.processor, folder)
+
+
+def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
+    """The context a forward pass runs in."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+def token_logps(model: Any, batch: Batch) -> Tensor:
+    """Log-probabilities of a batch's targets.
+
+    The vocabulary is reached at the target positions only, in pieces of bounded size that
+    are computed again in the backward pass.
+
+    Returns:
+        [T] in fp32, nats.
+    """
+    text = model.config.get_text_config()
+    if any(getattr(text, name, None) for name in _POSTPROCESSED) or not hasattr(model, "lm_head"):
+        logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
+        return _logps(logits[batch.positions], batch.targets)
+    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = hidden[batch.positions]
+    pieces = max(1, math.ceil(len(hidden) * text.vocab_size / LOGITS))
+    if pieces == 1:
+        return _logps(model.lm_head(hidden), batch.targets)
+    return torch.cat(list(_in_pieces(model.lm_head, hidden, batch.targets, pieces)))
+
+
+def _in_pieces(head: Any, hidden: Tensor, targets: Tensor, pieces: int) -> Iterator[Tensor]:
+    def piece(some: Tensor, wanted: Tensor) -> Tensor:
+        return _logps(head(some), wanted)
+
+    for some, wanted in zip(hidden.chunk(pieces), targets.chunk(pieces), strict=True):
+        yield checkpoint(piece, some, wanted, use_reentrant=False)
+
+
+def _logps(logits: Tensor, targets: Tensor) -> Tensor:
+    return -cross_entropy(logits.float(), targets, reduction="none")

@@ -1,0 +1,219 @@
+"""Tiny random-weight models of the supported families, as folders that load like real ones.
+
+``save_family("qwen2.5-vl", folder)`` writes config, safetensors, tokenizer, picture processor
+and chat template; ``AutoModelForImageTextToText`` and ``insightv.models.load`` read them.
+The weights know nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as T
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from tokenizers import trainers as tokenizer_trainers
+
+import insightv.models  # noqa: F401  (lets processors do without torchvision's video part)
+
+FAMILIES = ("llava", "llava-next", "qwen2.5-vl")
+FRAMES = (
+    '{"title": "',
+    '", "content": "',
+    '", "next_action": "continue"}',
+    '", "next_action": "summary"}',
+)
+_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+_QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_CORPUS = (
+    "What is the value of A? B C D Which bar is the highest lowest largest smallest?",
+    "What is the difference between the sum of and? Steps. Answer. Read the chart. Compare.",
+    "Write one step at a time. Each step is one JSON object. Look at the picture and answer.",
+    "The answer is final reasoning question number title content next_action yes no 0 1 2 3",
+)
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_family(
+    family: str, folder: Path, seed: int = 0, hidden: int = 64, layers: int = 2
+) -> Path:
+    """Writes one family's tiny model into ``folder``; the same seed gives the same bytes."""
+    torch.manual_seed(seed)
+    build = {"llava": _llava, "llava-next": _llava_next, "qwen2.5-vl": _qwen}[family]
+    model, processor = build(hidden, layers)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int = 0, width: int = 64, height: int = 48) -> Image.Image:
+    """A reproducible noise picture."""
+    values = np.random.RandomState(seed).randint(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def make_tokenizer(image_tokens: tuple[str, ...]) -> T.PreTrainedTokenizerFast:
+    """A small byte-level BPE in which the four JSON frames are single (ordinary) tokens."""
+    special = [*_SPECIAL, *image_tokens]
+    core = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = tokenizer_trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(_CORPUS, trainer)
+    core.add_tokens([AddedToken(frame, normalized=False, special=False) for frame in FRAMES])
+    return T.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=[*image_tokens, "<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _language(tokenizer: Any, hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 2048,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.05,
+    }
+
+
+def _clip() -> T.CLIPVisionConfig:
+    return T.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        projection_dim=32,
+        initializer_range=0.1,
+    )
+
+
+def _llava(hidden: int, layers: int) -> tuple[Any, Any]:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = make_tokenizer(("<image>",))
+    config = T.LlavaConfig(
+        vision_config=_clip(),
+        text_config=T.LlamaConfig(**_language(tokenizer, hidden, layers)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=16,
+    )
+    processor = T.LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template="{{ bos_token }}" + _CHATML.replace("IMAGE", "<image>\n"),
+    )
+    return T.LlavaForConditionalGeneration(config), processor
+
+
+def _llava_next(hidden: int, layers: int) -> tuple[Any, Any]:
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    tokenizer = make_tokenizer(("<image>",))
+    tiles = [[56, 112], [112, 56], [112, 112]]
+    config = T.LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=T.LlamaConfig(**_language(tokenizer, hidden, layers)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=tiles,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    processor = T.LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": 56},
+            crop_size={"height": 56, "width": 56},
+            image_grid_pinpoints=tiles,
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template="{{ bos_token }}" + _CHATML.replace("IMAGE", "<image>\n"),
+    )
+    return T.LlavaNextForConditionalGeneration(config), processor
+
+
+def _qwen(hidden: int, layers: int) -> tuple[Any, Any]:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = make_tokenizer(_QWEN)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in _QWEN}
+    head = hidden // 4
+    sections = [head // 2 - 2 * (head // 2 * 3 // 8), head // 2 * 3 // 8, head // 2 * 3 // 8]
+    config = T.Qwen2_5_VLConfig(
+        text_config={
+            **_language(tokenizer, hidden, layers),
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": sections,
+                "rope_theta": 10000.0,
+            },
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": hidden,
+            "patch_size": 14,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "spatial_merge_size": 2,
+            "initializer_range": 0.1,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    processor = T.Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessorPil(
+            patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+        ),
+        tokenizer=tokenizer,
+        chat_template=_CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    return T.Qwen2_5_VLForConditionalGeneration(config), processor

@@ -1,0 +1,289 @@
+import base64
+import json
+import os
+import re
+import shutil
+
+import pytest
+import runs
+from browser import CHROMIUM, Browser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc.errors import UserError
+from insightv.evaluation.results import write_results
+from insightv.report import write_report
+from insightv.report.figures import dots, nice_ticks
+from insightv.report.page import current_results
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return runs.make_run(tmp_path_factory.mktemp("report") / "quickstart")
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    write_results(run)
+    return write_report(run)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+def gallery(text: str) -> dict:
+    found = re.search(r'<script type="application/json" id="gallery-data">(.*?)</script>', text)
+    return json.loads(found[1])
+
+
+def test_one_file_that_asks_for_nothing(page):
+    text = page.read_text()
+    assert page.parent.name == "report" and [p.name for p in page.parent.iterdir()] == [page.name]
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text)
+    assert "http://" not in text and "https://" not in text
+    assert "default-src 'none'" in text and "unsafe" not in text
+
+
+def test_hostile_texts_stay_text(page):
+    text = page.read_text()
+    assert "<img src=x" not in text and "<svg onload" not in text
+    assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in text
+    data = gallery(text)
+    assert any(path["answer"] == runs.HOSTILE for path in data["paths"])
+    assert any(question["key"] == runs.HOSTILE_KEY for question in data["questions"])
+    assert text.count("</script>") == 2
+
+
+def test_the_sample_is_whole_questions_with_their_pictures(page):
+    data = gallery(page.read_text())
+    # Five paths too many would be another question: 2 rounds, 4 paths a question.
+    assert data["total"] == 336 and 280 <= len(data["paths"]) <= 340
+    for place in {path["question"] for path in data["paths"]}:
+        assert sum(path["question"] == place for path in data["paths"]) % 4 == 0
+    assert data["pictures"].count("") == 1  # the one that is not in the store
+    for uri in data["pictures"]:
+        assert not uri or base64.b64decode(uri.partition(",")[2]).startswith(b"RIFF")
+    assert any("rejected in a pair" in path["used"] for path in data["paths"])
+    assert any("reasoning set" in path["used"] for path in data["paths"])
+
+
+def test_the_same_run_gives_the_same_page(run, page):
+    assert write_report(run).read_text() == page.read_text()
+
+
+def test_an_old_results_file_is_not_believed(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    write_results(copy)
+    written = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps(written | {"seed": 77}))
+    assert current_results(copy)["seed"] == 77
+    manifest = copy / "stages" / "eval-base" / "manifest.json"
+    later = (copy / "results.json").stat().st_mtime + 5
+    os.utime(manifest, (later, later))
+    assert current_results(copy)["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("eval-", "No entry of the ladder has been evaluated yet."),
+        ("eval-direct_sft", "This needs the entries direct_sft and multi_agent"),
+        ("eval-judge_card", "The judge&#39;s card has not been made yet."),
+        ("r", "No round of paths is complete yet."),
+        ("r1-judge", "From questions to pairs"),
+        ("questions-test", "No entry of the ladder has been evaluated yet."),
+        ("questions-train", "No path has been generated yet."),
+        ("sft-", "Over optimizer steps"),
+    ],
+)
+def test_what_is_missing_is_said(run, tmp_path, gone, said):
+    copy = tmp_path / "half"
+    shutil.copytree(run, copy)
+    for stage in (copy / "stages").iterdir():
+        if stage.name.startswith(gone):
+            shutil.rmtree(stage)
+    text = write_report(copy).read_text().replace("judge's card has", "judge&#39;s card has")
+    assert said in text
+
+
+def test_an_empty_run_has_a_page_and_no_run_has_none(tmp_path):
+    (tmp_path / "empty" / "stages").mkdir(parents=True)
+    assert write_report(tmp_path / "empty").read_text().count('class="missing"') >= 6
+    with pytest.raises(UserError, match="no run directory"):
+        write_report(tmp_path / "nothing")
+
+
+def test_lone_surrogates_do_not_break_the_page(tmp_path):
+    run = tmp_path / "run"
+    folder = run / "stages" / "bad\udcff"
+    try:
+        folder.mkdir(parents=True)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert "bad?" in write_report(run).read_text()
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.integers(2, 8))
+def test_ticks_are_few_and_reach_around(a, b, about):
+    low, high = sorted((a, b))
+    ticks = nice_ticks(low, high, about)
+    assert 2 <= len(ticks) <= about + 3
+    if high - low > 1e-3:
+        assert ticks[0] <= low + 1e-6 and ticks[-1] >= high - 1e-6
+
+
+def test_labels_of_figures_are_escaped():
+    from insightv.report.figures import Whisker
+
+    drawn = dots("<b>", [Whisker('"><script>', 0.5, 0.4, 0.6, "<i>")])
+    assert "<script>" not in drawn and "<i>" not in drawn and "&lt;b&gt;" in drawn
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("width", "dark"), [(1280, False), (390, False), (1280, True), (390, True)]
+)
+def test_page_in_chromium(page, tab, tmp_path, width, dark):
+    tab.open(page, width, dark=dark)
+    assert tab.run("document.title") == "quickstart · Insight-V HPC"
+    assert tab.run("document.documentElement.scrollWidth") == width
+    # No drawing is wider than its column, and no letters are too small to read.
+    assert tab.run(
+        "[...document.querySelectorAll('svg, img, section, p')]"
+        ".every(e => e.getBoundingClientRect().right <= innerWidth)"
+    )
+    assert tab.run(
+        "Math.min(...[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect()"
+        ".height)) > 9"
+    )
+    ink, paper = tab.run(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    assert (brightness[0] > brightness[1]) == dark and abs(brightness[0] - brightness[1]) > 400
+    assert tab.screenshot(tmp_path / "page.png").stat().st_size > 50_000
+    assert tab.complaints() == []
+    assert tab.requests() == [page.resolve().as_uri()]
+
+
+@needs_browser
+def test_nothing_from_the_data_runs(page, tab):
+    tab.open(page)
+    assert tab.run("document.querySelectorAll('img[src=x], svg[onload], main script').length") == 1
+    assert tab.run("document.querySelectorAll('main script')[0].type") == "application/json"
+    # Even where markup gets in, the page's policy stops it.
+    tab.run(
+        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.ran = 1\">')"
+    )
+    tab.run("fetch('https://example.invalid/').catch(() => 0)")
+    tab.wait(lambda: len(tab.complaints()) >= 2)
+    assert tab.run("window.ran") is None
+    assert all("Content Security Policy" in text for text in tab.complaints())
+    assert all(url.startswith("file:") for url in tab.requests() if "x" != url[-1])
+
+
+@needs_browser
+def test_filters_and_pages(page, tab):
+    data = gallery(page.read_text())
+    paths, questions = data["paths"], data["questions"]
+    tab.open(page)
+
+    def shown() -> int:
+        return int(tab.run("document.getElementById('shown').textContent.split(' ')[0]"))
+
+    def cards() -> list[str]:
+        return tab.run("[...document.querySelectorAll('#cards .card-key')].map(e => e.textContent)")
+
+    assert shown() == len(paths)
+    assert cards() == [path["key"] for path in paths[:12]]
+
+    tab.click("#next")
+    assert cards() == [path["key"] for path in paths[12:24]]
+    assert "page 2 of" in tab.run("document.getElementById('turn').textContent")
+    tab.click("#back")
+    assert tab.run("document.getElementById('back').disabled") is True
+
+    tab.click("input[value=wrong]")
+    assert shown() == sum(path["outcome"] == "wrong" for path in paths) > 12
+    assert tab.run("document.querySelectorAll('#cards .verdict.wrong').length") == 12
+    tab.press("ArrowRight")
+    assert shown() == sum(path["outcome"] == "undecided" for path in paths) > 0
+
+    tab.click("button[type=reset]")
+    tab.wait(lambda: shown() == len(paths))
+    tab.run(
+        "(e => { e.value = '1'; e.dispatchEvent(new Event('input', {bubbles: true})) })"
+        "(document.getElementById('round'))"
+    )
+    assert shown() == sum(path["round"] == 1 for path in paths)
+    tab.run(
+        "(e => { e.value = '=max'; e.dispatchEvent(new Event('input', {bubbles: true})) })"
+        "(document.getElementById('task'))"
+    )
+    assert shown() == sum(
+        path["round"] == 1 and questions[path["question"]]["task"] == "max" for path in paths
+    )
+
+    tab.click("button[type=reset]")
+    tab.wait(lambda: shown() == len(paths))
+    tab.click("input[name=low]")
+    tab.type("80")
+    tab.press("Tab")
+    tab.type("90")
+    expected = [p for p in paths if p["total"] is not None and 80 <= p["total"] <= 90]
+    assert shown() == len(expected) > 0
+
+    tab.click("button[type=reset]")
+    tab.wait(lambda: shown() == len(paths))
+    tab.click("#text")
+    tab.type("ONERROR=alert")
+    hits = shown()
+    assert 0 < hits < len(paths)
+    assert all(
+        "<img" in text
+        for text in tab.run(
+            "[...document.querySelectorAll('#cards article')].map(e => e.textContent)"
+        )
+    )
+    tab.type("nothing has this")
+    assert shown() == 0
+    assert "No path in the sample matches." in tab.run(
+        "document.getElementById('cards').textContent"
+    )
+    assert tab.complaints() == []
+
+
+@needs_browser
+def test_keyboard_reaches_everything(page, tab):
+    tab.open(page)
+    tab.press("Tab")
+    assert tab.run("document.activeElement.className") == "skip"
+    reached = set()
+    for _ in range(60):
+        tab.press("Tab")
+        reached.add(tab.run("document.activeElement.id || document.activeElement.tagName"))
+    assert {"text", "task", "round", "next"} <= reached
+    unnamed = tab.run(
+        "[...document.querySelectorAll('svg, img, input, select, button')].filter(e =>"
+        " !(e.getAttribute('aria-label') || e.alt || (e.labels && e.labels.length)"
+        " || e.textContent.trim())).length"
+    )
+    assert unnamed == 0
+
+
+@needs_browser
+def test_half_a_run_in_chromium(run, tab, tmp_path):
+    copy = tmp_path / "half"
+    shutil.copytree(run, copy)
+    for stage in ("eval-", "r1-", "sft-"):
+        for folder in (copy / "stages").glob(f"{stage}*"):
+            shutil.rmtree(folder)
+    tab.open(write_report(copy), 390)
+    assert tab.run("document.querySelectorAll('.missing').length") >= 4
+    assert tab.complaints() == []

@@ -1,0 +1,421 @@
+"""Answers as models really give them, against what a careful person would say."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from insightv.assessment.rules import RuleConfig, decide, stated
+from insightv.records import Question
+
+R, W, U = True, False, None
+
+
+def question(kind, answer, text="What is it?", options=(), task=""):
+    return Question("q:test:0", text, (), answer, kind, tuple(options), task)
+
+
+NUMBERS = [
+    # truth, answer, expected
+    ("12", "12", R),
+    ("12", " 12. ", R),
+    ("12", "12.0", R),
+    ("12", "12,0", R),
+    ("12", "twelve", R),
+    ("12", "Twelve.", R),
+    ("12", "a dozen", R),
+    ("12", "**12**", R),
+    ("12", "`12`", R),
+    ("12", "about 12", R),
+    ("12", "~12", R),
+    ("12", "≈ 12", R),
+    ("12", "The bar is 12.", R),
+    ("12", "The answer is 12", R),
+    ("12", "The answer is twelve.", R),
+    ("12", "Final answer: 12", R),
+    ("12", "**Answer:** 12", R),
+    ("12", "Answer:\n12", R),
+    ("12", "12 apples", R),
+    ("12", "$12", R),
+    ("12", "12 USD", R),
+    ("12", "\\boxed{12}", R),
+    ("12", "$\\boxed{12}$", R),
+    ("12", '{"answer": 12}', R),
+    ("12", '{"answer": "12"}', R),
+    ("12", "```\n12\n```", R),
+    ("12", "<think>5 + 8 = 13</think>12", R),
+    ("12", "5 + 7 = 12", R),
+    ("12", "5 + 7 equals 12", R),
+    ("12", "Five plus seven, so twelve", R),
+    ("12", "It is not 13 but 12", R),
+    ("12", "13. Wait, actually 12", R),
+    ("12", "The answer is 12 because 5 + 7 is 12.", R),
+    ("12", "Norway has 5 and Sweden 7, therefore 12.", R),
+    ("12", "The 3rd bar is 12", R),
+    ("12", "Q3 is 12", R),
+    ("12", "12 (twelve)", R),
+    ("12", "13", W),
+    ("12", "-12", W),
+    ("12", "1.2", W),
+    ("12", "120", W),
+    ("12", "11.9", W),
+    ("12", "5 + 8 = 13", W),
+    ("12", "The answer is 13.", W),
+    ("12", "Norway", W),
+    ("12", "12 or 13", U),
+    ("12", "12, 13", U),
+    ("12", "12 and 13", U),
+    ("12", "12/13", W),
+    ("12", "The answer is 12 or 13", U),
+    ("12", "between 10 and 14", U),
+    ("12", "10-12", U),
+    ("12", "more than 12", U),
+    ("12", "at least 10", U),
+    ("12", "not 12", U),
+    ("12", "12%", U),
+    ("12", "13 or 14", W),
+    ("12", "The answer is 12. The answer is 13.", U),
+    ("0", "none", R),
+    ("0", "There are 0 bars.", R),
+    ("3", "none", W),
+    ("1", "one", R),
+    ("1", "There is only one", R),
+    ("1", "the red one", W),
+    ("2", "the red one is 2", R),
+    ("21", "twenty-one", R),
+    ("105", "one hundred and five", R),
+    ("1234", "1,234", R),
+    ("1234", "1 234", R),
+    ("1234", "1'234", R),
+    ("1234", "1.234", U),
+    ("1234", "1,234.00", R),
+    ("1234.5", "1.234,5", R),
+    ("1200", "1.2k", R),
+    ("1200", "1.2e3", R),
+    ("1200", "1.2 × 10^3", R),
+    ("1200", "1.2×10³", R),
+    ("1200000", "1.2 million", R),
+    ("1200000", "1.2M", R),
+    ("5 million", "5,000,000", R),
+    ("0.25", "25%", R),
+    ("0.25", "25 percent", R),
+    ("0.25", "1/4", R),
+    ("0.25", "¼", R),
+    ("0.25", "a quarter", R),
+    ("0.25", "\\frac{1}{4}", R),
+    ("0.25", "25", W),
+    ("25%", "25", R),
+    ("25%", "0.25", R),
+    ("25%", "25.0 %", R),
+    ("25%", "twenty-five percent", R),
+    ("25%", "2.5", W),
+    ("25%", "26%", W),
+    ("1/2", "0.5", R),
+    ("1/2", "half", R),
+    ("0.5", "½", R),
+    ("1.5", "1 1/2", R),
+    ("2.5", "two and a half", R),
+    ("1.5", "3:2", R),
+    ("3.333", "3.33", R),
+    ("3.333", "3.3", R),
+    ("3.333", "3.4", W),
+    ("0.667", "2/3", R),
+    ("5 kg", "5", R),
+    ("5 kg", "5000 g", R),
+    ("5 kg", "5 g", W),
+    ("5 kg", "5 m", U),
+    ("5", "5 kg", R),
+    ("-5", "minus 5", R),
+    ("-5", "−5", R),
+    ("-5", "5", W),
+    ("$5", "€5", U),
+    ("$5", "$5.00", R),
+    ("12", "", W),
+    ("12", "   ", W),
+    ("12", "...", W),
+    ("12", "I don't know", W),
+    ("12", "I cannot determine the value from the picture.", W),
+    ("12", "I'm sorry, but as an AI I can't see pictures", W),
+    ("12", "I cannot be sure, but 12", R),
+    ("12", "Not sure, probably 12", R),
+    ("12", "Not enough information", W),
+    ("12", "unknown", W),
+    ("12", "1" * 5000, U),
+    ("12", "12" + " " * 3000 + "12", R),
+    ("12", "1e999999999", W),
+    ("12", "\x00\ud83d", W),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer", "expected"), NUMBERS)
+def test_numbers(truth, answer, expected):
+    assert decide(question("number", truth), answer).correct is expected
+
+
+IN_CONTEXT = [
+    ("How many in 2010?", "12", "In 2010 there were 12.", R),
+    ("How many in 2010?", "12", "In 2010 there were 13.", W),
+    ("Which year?", "2010", "2010", R),
+    ("Sales in 2010?", "2010", "In 2010 it is 2010", R),
+    ("How many above 10?", "3", "3 bars are above 10.", R),
+    ("What percentage?", "25", "25%", R),
+    ("What percentage?", "25", "0.25", R),
+    ("What percentage?", "25", "a quarter", R),
+    ("How much, in millions?", "5", "5 million", R),
+    ("How much, in millions?", "5", "5,000,000", W),
+    ("What percentage?", "25", "2500", W),
+    ("What percentage?", "0.25", "25", R),
+    ("What is the sum of 5 and 7?", "12", "5 and 7 make 12", R),
+]
+
+
+@pytest.mark.parametrize(("text", "truth", "answer", "expected"), IN_CONTEXT)
+def test_numbers_repeated_from_the_question(text, truth, answer, expected):
+    assert decide(question("number", truth, text), answer).correct is expected
+
+
+LABELS = [
+    ("Norway", "Norway", R),
+    ("Norway", "norway.", R),
+    ("Norway", '"Norway"', R),
+    ("Norway", "**Norway**", R),
+    ("Norway", "NORWAY", R),
+    ("Norway", "The answer is Norway.", R),
+    ("Norway", "It is Norway", R),
+    ("Norway", "Norway has the highest value.", R),
+    ("Norway", "The country with the highest value is Norway", R),
+    ("Norway", "Sweden", W),
+    ("Norway", "The answer is Sweden.", W),
+    ("Norway", "Norway or Sweden", U),
+    ("Norway", "Norway, Sweden", U),
+    ("Norway", "not Norway", U),
+    ("Norway", "Sweden is higher than Norway", U),
+    ("Norway", "Norwey", U),
+    ("Norway", "the second", U),
+    ("Norway", "", W),
+    ("Norway", "I cannot tell", W),
+    ("Norway", "12", W),
+    ("São Paulo", "Sao Paulo", R),
+    ("New York", "new-york", R),
+    ("New York", "York", W),
+    ("R&D", "R and D", R),
+    ("United States", "US", U),
+    ("United States", "USA", U),
+    ("apple", "apples", U),
+    ("Group A", "Group B", W),
+    ("male", "female", W),
+    ("red", "dark red", U),
+    ("2010", "2010", R),
+    ("2010", "In 2010", R),
+    ("2010", "2011", W),
+    ("Jan", "January", U),
+    ("C++", "C", W),
+    ("-5", "5", W),
+    ("unknown", "unknown", R),
+    ("the", "the", R),
+    ("東京", "東京", R),
+    ("東京", "大阪", W),
+    ("☃", "☃", R),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer", "expected"), LABELS)
+def test_labels(truth, answer, expected):
+    asked = "Which country has the highest value, Norway or Sweden?"
+    assert decide(question("label", truth, asked), answer).correct is expected
+
+
+COLOURS = ("red", "dark red", "blue", "cannot be determined")
+CHOICES = [
+    ("red", "A", R),
+    ("red", "(A)", R),
+    ("red", "A.", R),
+    ("red", "a", R),
+    ("red", "a)", R),
+    ("red", "A. red", R),
+    ("red", "(A) red", R),
+    ("red", "Answer: A", R),
+    ("red", "The answer is (A).", R),
+    ("red", "The answer is A", R),
+    ("red", "Option A", R),
+    ("red", "red", R),
+    ("red", "It is red.", R),
+    ("A", "red", R),
+    ("(A)", "A", R),
+    ("dark red", "dark red", R),
+    ("dark red", "B", R),
+    ("red", "dark red", W),
+    ("red", "B", W),
+    ("red", "(C) blue", W),
+    ("red", "C, not A", U),
+    ("red", "A or B", U),
+    ("red", "C or D", W),
+    ("red", "(B) red", U),
+    ("red", "blue (A)", U),
+    ("red", "green", U),
+    ("red", "A bar", U),
+    ("cannot be determined", "It cannot be determined", R),
+    ("red", "It cannot be determined", W),
+    ("red", "I don't know", W),
+    ("red", "", W),
+    ("red", "not red", U),
+    ("purple", "A", U),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer", "expected"), CHOICES)
+def test_choices(truth, answer, expected):
+    assert decide(question("choice", truth, options=COLOURS), answer).correct is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("12", R), ("twelve", R), ("12.0", R), ("13", W), ("B", W), ("A", R)]
+)
+def test_choices_that_are_numbers(answer, expected):
+    asked = question("choice", "12", options=("12", "13", "14"))
+    assert decide(asked, answer).correct is expected
+
+
+YES_NO = [
+    ("yes", "Yes", R),
+    ("yes", "yes.", R),
+    ("yes", "Yes, Norway is higher.", R),
+    ("yes", "The answer is yes", R),
+    ("yes", "true", R),
+    ("no", "No, there is no red bar.", R),
+    ("no", "Nope", R),
+    ("yes", "No", W),
+    ("yes", "The answer is no.", W),
+    ("yes", "False", W),
+    ("yes", "yes and no", U),
+    ("yes", "yes or no", U),
+    ("yes", "Yes. No.", U),
+    ("yes", "It depends", U),
+    ("yes", "", W),
+    ("yes", "I can't tell", W),
+    ("maybe", "yes", U),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer", "expected"), YES_NO)
+def test_yes_no(truth, answer, expected):
+    assert decide(question("yes_no", truth), answer).correct is expected
+
+
+LISTS = [
+    # truth, answer, expected as a set, expected in order
+    ("a1, b2, c3", "a1, b2, c3", R, R),
+    ("a1, b2, c3", "a1, b2 and c3", R, R),
+    ("a1, b2, c3", "a1, b2, and c3.", R, R),
+    ("a1, b2, c3", "a1; b2; c3", R, R),
+    ("a1, b2, c3", "a1\nb2\nc3", R, R),
+    ("a1, b2, c3", "1. a1\n2. b2\n3. c3", R, R),
+    ("a1, b2, c3", "- a1\n- b2\n- c3", R, R),
+    ("a1, b2, c3", '["a1", "b2", "c3"]', R, R),
+    ("a1, b2, c3", "a1 > b2 > c3", R, R),
+    ("a1, b2, c3", "The order is: a1, b2, c3", R, R),
+    ("a1, b2, c3", "The answer is a1, b2, c3.", R, R),
+    ("a1, b2, c3", "The order is a1, b2 and then c3.", R, R),
+    ("a1, b2, c3", "c3, b2, a1", R, W),
+    ("a1, b2, c3", "c3 < b2 < a1", R, U),
+    ("a1, b2, c3", "a1, b2", W, W),
+    ("a1, b2, c3", "a1, b2, c3, d4", W, W),
+    ("a1, b2, c3", "a1, b2, b2, c3", R, W),
+    ("a1, b2, c3", "x, y, z", W, W),
+    ("a1, b2, c3", "", W, W),
+    ("a1, b2, c3", "I cannot tell", W, W),
+    ("3, 3, 5", "3, 3, 5", R, R),
+    ("3, 3, 5", "3, 5", W, W),
+    ("Bosnia and Herzegovina, Chad", "Bosnia and Herzegovina and Chad", R, R),
+    ("Bosnia and Herzegovina, Chad", "Chad, Bosnia and Herzegovina", R, W),
+    ("Norway, Sweden", "Norwey, Sweden", U, U),
+    ("Norway, Sweden", "Norway, not Sweden", W, W),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer", "as_set", "in_order"), LISTS)
+def test_lists(truth, answer, as_set, in_order):
+    assert decide(question("list", truth, task="labels"), answer).correct is as_set
+    assert decide(question("list", truth, task="order"), answer).correct is in_order
+    assert decide(question("list", truth, task="order-down"), answer).correct is in_order
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("A big dog.", R), ("a BIG dog", R), ("a large dog", U), ("", W), ("I don't know", W)],
+)
+def test_free_text_that_differs_is_left_to_the_judge(answer, expected):
+    assert decide(question("text", "a big dog"), answer).correct is expected
+
+
+def test_tolerances_are_configurable():
+    asked, decimal = question("number", "100"), question("number", "3.5")
+    assert decide(asked, "104").correct is False
+    assert decide(asked, "104", RuleConfig(integer_tolerance=0.05)).correct is True
+    assert decide(decimal, "3.4", RuleConfig(decimal_tolerance=0.05)).correct is True
+    assert decide(question("list", "a, b", task="rank"), "b, a").correct is False
+    assert decide(
+        question("list", "a, b", task="rank"), "b, a", RuleConfig(ordered_tasks=[])
+    ).correct
+
+
+def test_a_latex_answer_is_decided_or_plainly_left_open():
+    decision = decide(question("text", "\\frac{\\sqrt{2}}{2}"), "\\frac{1}{\\sqrt{2}}")
+    assert decision.rule == "math-verify" or decision.correct is None
+    assert decision.correct is not False
+
+
+CONCLUSIONS = [
+    ("number", "7", "The difference is 12 - 5 = 7.", R),
+    ("number", "7", "The difference is 12 - 5 = 8.", W),
+    ("number", "7", "Norway is 12 and Sweden is 5.", U),
+    ("number", "7", "I compare both bars.", U),
+    ("label", "Norway", "So it is Norway.", R),
+    ("label", "Norway", "5 is more than 3.", U),
+    ("yes_no", "yes", "So the answer is no.", W),
+]
+
+
+@pytest.mark.parametrize(("kind", "truth", "text", "expected"), CONCLUSIONS)
+def test_what_a_step_concludes(kind, truth, text, expected):
+    assert stated(question(kind, truth), text) is expected
+
+
+KINDS = st.sampled_from(["number", "label", "choice", "yes_no", "list", "text"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(KINDS, st.text(max_size=40), st.text(max_size=200))
+def test_no_text_breaks_a_rule(kind, truth, answer):
+    asked = question(kind, truth, options=("red", truth, "12") if kind == "choice" else ())
+    assert decide(asked, answer).correct in (True, False, None)
+    stated(asked, answer)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
+def test_whole_numbers_are_right_only_when_equal(truth, answer):
+    asked = question("number", str(truth), "What is it?")
+    for form in (f"{answer}", f"{answer:,}", f"It is {answer}.", f"The answer is {answer}.0"):
+        assert decide(asked, form).correct is (truth == answer), form
+
+
+def test_hostile_lengths_take_no_time():
+    asked = question("number", "12", options=("red", "blue"))
+    for unit in (
+        "1 ",
+        "1,",
+        "one ",
+        "a ",
+        "1",
+        "1/",
+        "\\boxed{",
+        "answer is ",
+        "{",
+        "wait ",
+        "- ",
+        "_",
+    ):
+        for kind in ("number", "label", "choice", "yes_no", "list", "text"):
+            shaped = question(kind, "12", options=asked.options)
+            decide(shaped, unit * (3900 // len(unit)))
+            decide(shaped, unit * 20000)
