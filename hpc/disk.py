@@ -69,13 +69,14 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str, durable: bool = True) -> None:
+def write_atomic(path: Path, text: str, sync_names: bool = True, durable: bool = True) -> None:
     """Replaces a file at once: readers see the old text or the new, never a part.
 
     Args:
         path: The file.
         text: Its new text, stored as UTF-8.
-        durable: Whether it must survive a power failure (costs two fsyncs).
+        sync_names: Whether to sync the folder, too, so that the new name is durable.
+        durable: Whether the text must survive a power failure.
 
     Raises:
         UserError: The disk is full or not writable.
@@ -94,5 +95,5 @@ def write_atomic(path: Path, text: str, durable: bool = True) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        if durable:
+        if sync_names and durable:
             sync_folder(path.parent)

@@ -115,18 +115,18 @@ def drive(
         KeyboardInterrupt: Ctrl-C; all workers have saved and left.
         SystemExit: Likewise on SIGTERM or SIGHUP, with status 128 + the signal's number.
     """
-    try:
-        chain.run.create()
-        with chain.run.lock() as lock:
-            executor.keep = (lock,)
+    chain.run.create()
+    with chain.run.lock() as lock:
+        executor.keep = (lock,)
+        try:
             chain.run.unmark(STOPPED, CANCELLED)
             if not remake:
                 gates.refuse_changes(chain)
             driver = _Driver(chain, executor, observer or Quiet(), slots or cores(), retries)
             with driver.signals():
                 driver.run()
-    finally:
-        executor.close()
+        finally:
+            executor.close()
 
 
 @dataclass
@@ -141,7 +141,7 @@ class _Running:
     requeues: int = 0
     best: int = -1  # the furthest it has ever been
     seen: set[int] = field(default_factory=set)  # processes that stand in jobs.jsonl
-    looked: float = 0.0
+    look: float = 0.0  # when to look at its progress again
     history: deque[tuple[float, int]] = field(default_factory=deque)
 
 
@@ -266,16 +266,20 @@ class _Driver:
             if status == gates.STOP:
                 self._fail(running, self.chain.run.marked(STOPPED) or last_line(log), log)
         alive = sum(state.running for state in states)
-        if time.monotonic() - running.looked >= _REPORT:
-            self._report(running)
+        if time.monotonic() >= running.look:
+            now = self._report(running)
+            if now.errors > running.stage.error_limit * now.total > 0:
+                self._fail(running, gates.too_many_errors(self.chain, running.stage.name), None)
             if alive and not ended and running.stage.kind == "map" and self._free() > 0:
                 self._add_workers(running)
         if alive == 0 and not self._gate(running):
             self._again(running, ended)
 
     def _report(self, running: _Running) -> Advance:
+        begun = time.monotonic()
         now, clock = advance(self.chain, running.stage.name), time.monotonic()
-        running.looked = clock
+        # Looking at ten thousands of sidecars takes a while; it must not be all that is done.
+        running.look = clock + max(_REPORT, 20 * (clock - begun))
         history = running.history
         history.append((clock, now.done))
         while len(history) > 2 and clock - history[0][0] > _WINDOW:

@@ -16,9 +16,15 @@ from typing import Any
 from hpc.config import digest
 from hpc.disk import make_folder
 from hpc.errors import UserError
-from hpc.reading import read_errors
 from hpc.rundir import STOPPED, Chain, read_json, write_json
-from hpc.sidecars import Sidecar, list_folder, shard_path, sidecar_path, sidecars
+from hpc.shards import (
+    Sidecar,
+    list_folder,
+    read_errors,
+    shard_path,
+    sidecar_path,
+    sidecars,
+)
 from hpc.stages import Stage
 
 DONE = 0
@@ -97,7 +103,7 @@ def prepare(chain: Chain, name: str) -> None:
     }
     for folder in (run.shards(name), run.leases(name), run.logs(name), run.progress(name)):
         make_folder(folder)
-    _forget_failures(chain, stage)
+    _forget_failures(chain, name)
     write_json(run.started(name), record)
 
 
@@ -106,25 +112,35 @@ def missing(chain: Chain, name: str) -> list[int]:
     return _absent(chain, name, _expected(chain, chain.stages[name]))
 
 
-def _forget_failures(chain: Chain, stage: Stage) -> None:
+def too_many_errors(chain: Chain, name: str) -> str:
+    """Why a stage is hopeless by its number of failed inputs; empty while it is not."""
+    stage, run = chain.stages[name], chain.run
+    found = sidecars(run.shards(name))
+    failed = sum(sidecar.errors for sidecar in found.values())
+    if not failed:
+        return ""
+    first = next(iter(stage.inputs.values()), "")
+    source = run.read_manifest(first) if stage.kind == "map" else None
+    inputs = source["inputs"] if source else sum(item.inputs for item in found.values())
+    if failed <= stage.error_limit * inputs:
+        return ""
+    reasons = Counter(reason for _, reason in read_errors(run.shards(name)))
+    common = "; ".join(f"{count} × {_short(reason)}" for reason, count in reasons.most_common(3))
+    return (
+        f"stage {name}: {failed} of {inputs} inputs failed, more than its limit of "
+        f"{stage.error_limit:.1%} ({common})"
+    )
+
+
+def _forget_failures(chain: Chain, name: str) -> None:
     """Removes the shards with errors of a stage that failed by their number: another try."""
-    run = chain.run
-    found = sidecars(run.shards(stage.name))
-    if stage.kind != "map" or len(found) < len(_expected(chain, stage)):
+    if not too_many_errors(chain, name):
         return
-    if not _failed(stage, found):
-        return
-    for index, sidecar in found.items():
+    for index, sidecar in sidecars(chain.run.shards(name)).items():
         if sidecar.errors:
-            shard = shard_path(run.shards(stage.name), index)
+            shard = shard_path(chain.run.shards(name), index)
             sidecar_path(shard).unlink()
             shard.unlink(missing_ok=True)
-
-
-def _failed(stage: Stage, found: Mapping[int, Sidecar]) -> bool:
-    """Whether more inputs failed than the stage's limit allows."""
-    errors = sum(sidecar.errors for sidecar in found.values())
-    return errors > stage.error_limit * sum(sidecar.inputs for sidecar in found.values())
 
 
 def check(chain: Chain, name: str) -> int:
@@ -158,8 +174,8 @@ def check(chain: Chain, name: str) -> int:
     if stage.kind == "map" and (strange := _unaligned(chain, stage, found)):
         run.mark(STOPPED, strange)
         return STOP
-    if _failed(stage, found):
-        run.mark(STOPPED, _too_many(chain, stage, found))
+    if reason := too_many_errors(chain, name):
+        run.mark(STOPPED, reason)
         return STOP
     _commit(chain, stage, found, counts)
     return DONE
@@ -270,17 +286,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-def _too_many(chain: Chain, stage: Stage, found: Mapping[int, Sidecar]) -> str:
-    failed = sum(sidecar.errors for sidecar in found.values())
-    inputs = sum(sidecar.inputs for sidecar in found.values())
-    reasons = Counter(reason for _, reason in read_errors(chain.run.shards(stage.name)))
-    common = "; ".join(f"{count} × {_short(reason)}" for reason, count in reasons.most_common(3))
-    return (
-        f"stage {stage.name}: {failed} of {inputs} inputs failed, more than its limit of "
-        f"{stage.error_limit:.1%} ({common})"
-    )
 
 
 def _worked(chain: Chain, name: str, begun: Mapping[str, Any]) -> float:

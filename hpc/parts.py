@@ -76,6 +76,13 @@ class Part:
             self._short = True
             self._close_frame()
 
+    def finish(self) -> None:
+        """Closes the last frame and makes all durable. A file without keys gets one empty frame."""
+        self.flush()
+        if not self._size:
+            self._close_frame()
+        self.sync()
+
     def copy(self, frame: bytes, entries: Sequence[Entry]) -> None:
         """Takes over a whole frame as it is."""
         self._write(frame)

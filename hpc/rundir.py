@@ -235,6 +235,7 @@ class RunDir:
             UserError: Another driver is at work, or its workers do not leave.
         """
         descriptor = os.open(self.path / "driver.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        held = False
         try:
             give_up = time.monotonic() + patience
             while not _try_lock(descriptor, self.path):
@@ -253,10 +254,13 @@ class RunDir:
                         f"{self.path}: workers of an earlier run are still at work; "
                         "wait for them, or end them (their ids stand in jobs.jsonl)"
                     )
+            held = True
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
             yield descriptor
         finally:
+            if held:
+                os.ftruncate(descriptor, 0)
             os.close(descriptor)
 
 

@@ -168,9 +168,9 @@ class ShardWriter:
 
     def _publish(self, order: Sequence[str] | None) -> Sidecar:
         """All but the sidecar."""
-        self.flush()
         if order is not None and not (self._part.even and self._part.keys == list(order)):
             self._sort(order)
+        self._part.finish()
         if not self._part.ours():
             raise LostLease(f"{self._name}: removed by another writer")
         with disk_errors(self.path):
@@ -182,7 +182,6 @@ class ShardWriter:
                     raise LostLease(f"{self.path}: another writer has committed") from None
             except FileNotFoundError:
                 raise LostLease(f"{self._name}: removed by another writer") from None
-            sync_folder(self.path.parent)
         return self._part.sidecar(self.generation)
 
     def _linked(self) -> bool:
@@ -196,14 +195,13 @@ class ShardWriter:
         if len(order) != len(self.done) or set(order) != self.done:
             raise ValueError(f"{self.path}: its keys are not those it is to be ordered by")
         unsorted, made = self._part, self._temporary()
+        unsorted.flush()
         try:
             with unsorted.path.open("rb", buffering=0) as file:
                 frames = read_frames(file, unsorted.path)
                 entries = Picker(entry for frame in frames for entry in frame.entries)
                 for key in order:
                     made.append(entries.take(key))
-            made.flush()
-            made.sync()
         except FileNotFoundError:
             made.close()
             raise LostLease(f"{self._name}: removed by another writer") from None
@@ -277,9 +275,11 @@ def write_groups(
     finally:
         if writer is not None:
             writer.abandon()
+    sync_folder(directory)
     for index, (path, sidecar) in enumerate(written):
-        write_sidecar(path, sidecar)
+        write_sidecar(path, sidecar, sync_names=False)
         remove_parts(directory, index, 0)
+    sync_folder(directory)
     return len(written)
 
 

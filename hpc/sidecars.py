@@ -59,9 +59,9 @@ def keys_digest(keys: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()
 
 
-def write_sidecar(shard: Path, sidecar: Sidecar) -> None:
-    """Marks a shard as complete."""
-    write_atomic(sidecar_path(shard), json.dumps(asdict(sidecar)) + "\n")
+def write_sidecar(shard: Path, sidecar: Sidecar, sync_names: bool = True) -> None:
+    """Marks a shard as complete; ``sync_names`` makes the names in its folder durable, too."""
+    write_atomic(sidecar_path(shard), json.dumps(asdict(sidecar)) + "\n", sync_names)
 
 
 def read_sidecar(shard: Path) -> Sidecar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc import gates
-from hpc.rundir import CANCELLED, STOPPED, Chain, read_json
-from hpc.sidecars import sidecars
+from hpc.rundir import CANCELLED, STOPPED, Chain, RunDir, read_json
+from hpc.shards import sidecars
 
 _SHOWN = {
     "complete": "green",
@@ -34,6 +35,7 @@ class Advance:
         total: Of how many; 0 while nobody knows.
         shards: Complete shards.
         of_shards: Of how many; 0 for a job.
+        errors: Inputs that failed, in complete shards.
         numbers: What the payload tells beside it (loss, tokens a second), the latest of each.
     """
 
@@ -41,6 +43,7 @@ class Advance:
     total: int
     shards: int = 0
     of_shards: int = 0
+    errors: int = 0
     numbers: dict[str, float] = field(default_factory=dict)
 
 
@@ -60,7 +63,9 @@ def advance(chain: Chain, name: str) -> Advance:
     done = sum(sidecar.inputs for sidecar in made.values())
     done += sum(int(entry["done"]) for entry in told)
     total = int(source.get("inputs", 0))
-    return Advance(min(done, total), total, len(made), int(source.get("shards", 0)), numbers)
+    errors = sum(sidecar.errors for sidecar in made.values())
+    shards = int(source.get("shards", 0))
+    return Advance(min(done, total), total, len(made), shards, errors, numbers)
 
 
 def status(chain: Chain) -> dict[str, Any]:
@@ -151,14 +156,14 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
             "seconds": 0.0,
             "rate": 0.0,
         }
-    now, made = advance(chain, name), sidecars(run.shards(name))
+    now, made = advance(chain, name), sidecars(run.shards(name)).values()
     seconds = begun["spent"] + (time.time() - begun["since"] if active else 0.0)
     return entry | {
         "state": "running" if active else "incomplete",
         "shards": {"done": now.shards, "total": now.of_shards},
         "inputs": {"done": now.done, "total": now.total},
-        "rows": sum(sidecar.rows for sidecar in made.values()),
-        "errors": sum(sidecar.errors for sidecar in made.values()),
+        "rows": sum(sidecar.rows for sidecar in made),
+        "errors": now.errors,
         "seconds": seconds,
         "rate": now.done / seconds if seconds else 0.0,
         "numbers": now.numbers,
@@ -169,3 +174,15 @@ def _of(done: int, total: int) -> str:
     if not total:
         return f"{done:,}" if done else ""
     return f"{done:,}" if done == total else f"{done:,} / {total:,}"
+
+
+def _told(run: RunDir, name: str) -> list[dict[str, Any]]:
+    """What a stage's workers last told, the latest at the end."""
+    found: list[tuple[float, dict[str, Any]]] = []
+    for path in run.progress(name).glob("*.json"):
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            found.append((path.stat().st_mtime, entry))
+        except (OSError, ValueError):
+            continue  # replaced or removed this moment
+    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]

@@ -40,7 +40,7 @@ class State:
     Attributes:
         running: Processes that are waiting or at work.
         ended: Exit status and log of those that ended; a negative status is a signal.
-        processes: Ids of the processes that are known to run.
+        processes: Ids of all its processes, as far as they are known.
     """
 
     running: int

@@ -93,7 +93,7 @@ class LocalExecutor:
         return State(
             running=len(running),
             ended=tuple((p.status, p.log) for p in processes if p.status is not None),
-            processes=tuple(p.pid for p in running if p.pid is not None),
+            processes=tuple(p.pid for p in processes if p.pid is not None),
         )
 
     def cancel(self, handle: str, kill: bool = False) -> None:

@@ -60,7 +60,9 @@ def _letters(text: str) -> set[str]:
         r"(?:\bis|:)\s+\(?([A-Z])\)?(?:[.:)]|$)",
         r"^\(?([B-HJ-Z])\)?(?=\s*(?:,|/|-|or\b|and\b|because\b))",
         r"\b(?:or|and)\s+\(?([B-HJ-Z])\)?[.]?$",
-        r"^\(?(A)\)?\s+(?:or|and)\s+\(?[B-Z]\b",
+        r"\b([A-Z])\)?\s+(?:or|and)\s+\(?[A-Z]\b",
+        r"\b(?:choose|chose|pick|select|with)\s+\(?([A-Z])\b",
+        r"^\(?([A-Z])\)?\s+(?:is|seems|would)\b",
     )
     return {letter.upper() for pattern in patterns for letter in re.findall(pattern, text)}
 
@@ -93,15 +95,37 @@ def yes_no(question: Question, text: str, config: RuleConfig) -> Decision:
     truth = _MEANINGS.get(normal(question.answer))
     if truth is None:
         return Decision(None, UNDECIDED, "the true answer is neither yes nor no")
-    words = normal(text).split() or [""]
-    plain = [_MEANINGS[word] for word in words if word in ("yes", "yeah", "yep", "no", "nope")]
+    said = normal(text)
+    words = said.split() or [""]
     first = _MEANINGS.get(words[0])
-    alone = len(words) == 1 or re.match(r"\W*\w+\W*(?:[,.;:!\n—-]|because\b|since\b)", text)
-    bare = re.findall(
-        r"(?:^|[.!?;\n]\s*|\b(?:and|or|but|so|is)\s+)(yes|no)\b(?!\s+\w+\s)", text, re.I
-    )
-    if first is not None and alone and all(_MEANINGS[word.lower()] == first for word in bare):
+    if first is not None and not _takes_back(words, first):
         return Decision(first == truth, "yes-no")
-    if first is None and len(set(plain)) == 1 and words[-1] in _MEANINGS:
-        return Decision(_MEANINGS[words[-1]] == truth, "yes-no")
+    last = re.search(r"\b(?:(?:that|this|it) is|answer is|so|definitely|clearly) (\w+)$", said)
+    other = {"yes", "no", "not"} & set(words[:-1])
+    if first is None and last and not other and last[1] in _MEANINGS:
+        return Decision(_MEANINGS[last[1]] == truth, "yes-no")
     return Decision(None, UNDECIDED, "neither plainly yes nor plainly no")
+
+
+def _takes_back(words: list[str], first: bool) -> bool:
+    """Whether a reply that begins with yes or no goes on to the contrary.
+
+    "Yes, there are no red bars" does not; "yes and no", "no, yes it is", "no red bar" do.
+    """
+    rest = words[1:]
+    if first:
+        said = f" {' '.join(rest)} "
+        bare = rest[-1:] == ["no"] or re.search(r" (?:but|or|and|is) (?:no|not|false) ", said)
+        return bool(bare) or "not" in rest[:1]
+    determiner = rest and rest[0] not in (
+        "it",
+        "there",
+        "they",
+        "the",
+        "this",
+        "that",
+        "not",
+        "its",
+    )
+    comma = rest and words[0] in ("no", "n") and determiner
+    return bool({"yes", "true"} & set(rest)) or bool(comma)

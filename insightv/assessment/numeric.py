@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 
 from insightv.assessment.decision import UNDECIDED, Decision, RuleConfig, normal
 from insightv.assessment.quantities import UNITS, Quantity, quantities, tidy
 from insightv.records import Question
+
+LATEX_SECONDS = 3
+"""Time math-verify has for each of its steps."""
 
 
 def number(question: Question, text: str, config: RuleConfig) -> Decision:
@@ -24,7 +28,7 @@ def number(question: Question, text: str, config: RuleConfig) -> Decision:
             return Decision(None, UNDECIDED, "a formula")
         return Decision(False, "no-number")
     verdicts = [equal(question, truths[0], quantity, config) for quantity in found]
-    chosen = _concluded(question, text, found)
+    chosen = _concluded(question, text, found, verdicts)
     values = {(found[i].value, found[i].percent, found[i].unit) for i in chosen}
     outcomes = {verdicts[i] for i in chosen}
     if len(outcomes) == 1 and (len(values) == 1 or outcomes == {False}):
@@ -39,8 +43,14 @@ def number(question: Question, text: str, config: RuleConfig) -> Decision:
     return Decision(None, UNDECIDED, "names several numbers" if chosen else "gives only a limit")
 
 
-def _concluded(question: Question, text: str, found: Sequence[Quantity]) -> list[int]:
-    """Indices of the numbers a text may be said to conclude with."""
+def _concluded(
+    question: Question, text: str, found: Sequence[Quantity], verdicts: Sequence[bool | None]
+) -> list[int]:
+    """Indices of the numbers a text may be said to conclude with.
+
+    Signs and words of conclusion are taken at their word; a mere "is" and numbers repeated
+    from the question may single out a right answer among others, never a wrong one.
+    """
     usable = [i for i, q in enumerate(found) if not q.bound and not q.negated]
     if len(usable) <= 1:
         return usable
@@ -53,17 +63,21 @@ def _concluded(question: Question, text: str, found: Sequence[Quantity]) -> list
     asked = {q.value for q in quantities(tidy(question.text))}
     fresh = [i for i in usable if found[i].value not in asked]
     if len({found[i].value for i in usable}) > 1 and fresh and len(fresh) < len(usable):
-        # A number of the question is repeated ("in 2010 it is 12"), unless it is the answer.
-        truth = quantities(tidy(question.answer))[0].value
-        if truth not in {found[i].value for i in usable} - {found[i].value for i in fresh}:
+        # A number of the question is repeated: "in 2010 it is 12".
+        if not any(verdicts[i] is not False for i in usable if i not in fresh):
             usable = fresh
     if len({found[i].value for i in usable}) > 1:
-        copula = r"(?:\b(?:is|are|was|were|has|have)|:)\s*(?:about|only|exactly|just|around)?\s*$"
+        copula = (
+            r"(?:\b(?:is|are|was|were)|\b(?:total|sum|difference|result|value|count|ratio)\b\W{0,4})"
+            r"\s*(?:about|only|exactly|just|around)?\s*$"
+        )
         told = [i for i in usable if re.search(copula, _before(text, found[i]), re.I)]
         verb = re.compile(r"\s*(?:is|are|was|were)\b", re.I)
-        leads = any(verb.match(text, found[i].end) for i in usable)
+        leads = any(verb.match(text, found[i].end) for i in usable if i + 1 not in told)
         if len(told) == 1 and not leads and not _continued(text, found, told[0]):
-            usable = told
+            others = (verdicts[i] for i in usable if found[i].value != found[told[0]].value)
+            if verdicts[told[0]] or not any(verdict is not False for verdict in others):
+                usable = told
     return usable
 
 
@@ -122,7 +136,8 @@ def latex(question: Question, text: str) -> Decision | None:
     formula = re.compile(r"\\(?:frac|sqrt|pi|left|begin|cdot|times|log|sin|cos|infty)|\^")
     if question.answer_type not in ("number", "text"):
         return None
-    if not formula.search(question.answer) and not formula.search(text):
+    involved = formula.search(question.answer)
+    if not involved and (question.answer_type == "text" or not formula.search(text)):
         return None
     strange = re.search(r"\\(?!d?frac|times|cdot|text)|[√π]", text)
     if question.answer_type == "number" and not strange and len(quantities(tidy(text))) == 1:
@@ -131,9 +146,13 @@ def latex(question: Question, text: str) -> Decision | None:
         from math_verify import parse, verify
     except ImportError:
         return Decision(None, UNDECIDED, "LaTeX; install math-verify to have it decided by rule")
-    # No timeouts: they need signals, which only the main thread may set.
-    gold = parse(f"${question.answer}$", parsing_timeout=None)
-    given = parse(f"${text}$", parsing_timeout=None)
-    if not gold or not given:
+    if threading.current_thread() is not threading.main_thread():
+        # Its time limit is a signal, and without one "10^{10^{10}}" never ends.
+        return Decision(None, UNDECIDED, "LaTeX outside the main thread")
+    gold = parse(f"${question.answer}$", parsing_timeout=LATEX_SECONDS)
+    given = parse(f"${text}$", parsing_timeout=LATEX_SECONDS)
+    if verify(gold, given, timeout_seconds=LATEX_SECONDS):
+        return Decision(True, "math-verify")
+    if any(not parsed or isinstance(parsed[0], str) for parsed in (gold, given)):
         return Decision(None, UNDECIDED, "LaTeX that math-verify cannot parse")
-    return Decision(bool(verify(gold, given, timeout_seconds=None)), "math-verify")
+    return Decision(False, "math-verify")

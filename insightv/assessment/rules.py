@@ -30,6 +30,7 @@ _MARKER = re.compile(
 )
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _CORRECTION = re.compile(r"\b(?:wait|actually|correction|i mean|sorry|no longer)\b[,:]?", re.I)
+_EXPLANATION = re.compile(r"(?<=\S)\s*\n\W*(?:explanation|reason|reasoning|note|because)\b", re.I)
 _SEGMENT_END = re.compile(r"\n|[.!?](?=\s+\S)|\b(?:because|since)\b|;\s")
 _REFUSAL = re.compile(
     r"\b(?:(?:can ?not|can't|could not|couldn't|unable to|impossible to|not possible to|don't|"
@@ -112,6 +113,7 @@ def _conclusions(text: str) -> list[str]:
         rest = text[correction[-1].end() :]
         if re.search(r"\w", rest) and correction[-1].start() > 0:
             text = rest
+    text = _EXPLANATION.split(text, maxsplit=1)[0] or text
     parts = []
     for marker in _MARKER.finditer(text):
         part = _SEGMENT_END.split(text[marker.end() :].strip(), maxsplit=1)[0].strip(" :*\"'`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ from insightv.assessment.decision import (
 )
 from insightv.assessment.quantities import quantities, tidy
 from insightv.records import Question
+
+
+_POINTERS = FILLER | {"first", "second", "third", "last", "left", "right", "both", "all", "two"}
 
 
 def label(question: Question, text: str, config: RuleConfig) -> Decision:
@@ -50,7 +54,7 @@ def _other_label(question: Question, truth: str, spoken: str, text: str) -> Deci
     if _near(truth, spoken) or _near(truth, tail):
         return Decision(None, UNDECIDED, "close to the true answer")
     words = set(spoken.split())
-    if words <= FILLER | {"first", "second", "third", "last", "left", "right", "both", "all"}:
+    if words <= _POINTERS:
         return Decision(None, UNDECIDED, "points without naming")
     return Decision(False, "label" if len(words) <= 4 else "no-match")
 
@@ -72,12 +76,18 @@ def _misspelt(one: Sequence[str], two: Sequence[str]) -> bool:
     if len(one) != len(two):
         return False
     other = [pair for pair in zip(one, two, strict=True) if pair[0] != pair[1]]
-    return all(
-        min(map(len, pair)) >= 5
-        and not re.search(r"\d", pair[0] + pair[1])
-        and difflib.SequenceMatcher(None, *pair).ratio() >= 0.8
-        for pair in other
-    )
+    return all(_misspelt_word(*pair) for pair in other)
+
+
+def _misspelt_word(one: str, two: str) -> bool:
+    if min(len(one), len(two)) < 5 or re.search(r"\d", one + two):
+        return False
+    if one[:-1] == two[:-1]:  # a numbering: grouped by a last letter
+        return False
+    shared = len(os.path.commonprefix([one, two]))
+    if shared >= 5 and shared >= 0.6 * max(len(one), len(two)):
+        return True
+    return difflib.SequenceMatcher(None, one, two).ratio() >= 0.8
 
 
 def listing(question: Question, text: str, config: RuleConfig) -> Decision:
@@ -87,6 +97,8 @@ def listing(question: Question, text: str, config: RuleConfig) -> Decision:
     candidates = [_items(text)]
     if ":" in text:
         candidates.append(_items(text.rsplit(":", 1)[1]))
+    elif "/" in text:
+        candidates.append(_items(text.replace("/", ",")))
     for items in candidates:
         if items == truth if ordered else _alike(items, truth):
             return Decision(True, "list")
@@ -96,6 +108,8 @@ def listing(question: Question, text: str, config: RuleConfig) -> Decision:
     if picked is not None:
         return Decision(picked == truth if ordered else True, "list")
     items = candidates[-1]
+    if all(word in _POINTERS for item in items for word in item.split()):
+        return Decision(None, UNDECIDED, "points without naming")
     if all(len(item.split()) <= 6 for item in items) and not _near_list(items, truth):
         return Decision(False, "list")
     return Decision(None, UNDECIDED, "not plainly a list")

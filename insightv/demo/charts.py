@@ -77,12 +77,12 @@ def make_chart(
         rng: Source of every choice.
         labels: 3 to 6 distinct labels of at most 6 characters.
         values: As many whole numbers from 1 to 40.
-        kinds: The kinds to choose from.
+        kinds: The kinds to choose from; where the labels fit in none of them, a table is drawn.
     """
     font = rng.choice((9, 9, 10))
     widest = max(_glyph(label, font).width for label in labels)
-    slot = (SIZE - 22) / len(labels)
-    fitting = [kind for kind in kinds if kind in ("hbar", "table") or widest < slot]
+    slot = (SIZE - 23) / len(labels)
+    fitting = [kind for kind in kinds if kind in ("hbar", "table") or widest + 2 <= slot]
     axes = [axis for axis in _AXES if axis >= max(values)]
     axis = axes[0] if rng.random() < 0.7 else rng.choice(axes)
     if rng.random() < 0.4:
@@ -157,7 +157,7 @@ def _frame(chart: Chart) -> _Frame:
         return _Frame(6 + style.shift, 8 + style.shift, 120, 8 + style.shift + row * len(chart.labels))
     if style.kind == "hbar":
         widest = max(_glyph(label, style.font).width for label in chart.labels)
-        return _Frame(widest + 5, 4 + style.shift, SIZE - 14, SIZE - 14)
+        return _Frame(int(widest) + 5, 4 + style.shift, SIZE - 14, SIZE - 14)
     return _Frame(17 + style.shift, 15, SIZE - 2, SIZE - 15)
 
 
@@ -193,7 +193,11 @@ def _draw_columns(image: Image.Image, pen: ImageDraw.ImageDraw, chart: Chart) ->
         _print(image, text, round(x - text.width / 2), frame.bottom + 3, (0, 0, 0))
         if style.printed:
             text = _glyph(str(value), style.font)
-            _print(image, text, round(x - text.width / 2), round(y) - text.height - 4, (0, 0, 0))
+            left, top = round(x - text.width / 2), round(y) - text.height - 5
+            if style.kind == "line":  # the line must not run through the number
+                box = (left - 1, top - 1, left + text.width, top + text.height)
+                pen.rectangle(box, fill=style.paper)
+            _print(image, text, left, top, (0, 0, 0))
 
 
 def _draw_rows(image: Image.Image, pen: ImageDraw.ImageDraw, chart: Chart) -> None:
@@ -251,7 +255,7 @@ def _print(
 def _glyph(text: str, size: int) -> Image.Image:
     """A word as a mask, cached: drawing text is most of a chart's cost."""
     font = ImageFont.load_default(size=size)
-    left, top, right, bottom = (round(edge) for edge in font.getbbox(text))
+    left, top, right, bottom = (int(round(edge)) for edge in font.getbbox(text))
     mask = Image.new("L", (max(1, right - left), max(1, bottom - top)), 0)
     ImageDraw.Draw(mask).text((-left, -top), text, fill=255, font=font)
     return mask

@@ -20,8 +20,8 @@ from typing import Protocol
 from hpc.errors import UserError
 from insightv.demo import charts
 from insightv.demo.asking import TASKS, Ask, ask, ask_table, ask_value
+from insightv.demo.series import MONTHS, QUARTERS, WEEKDAYS, YEARS
 from insightv.demo.shapes import easy_vqa_rows, picture_split
-from insightv.demo.sources import MONTHS, QUARTERS, WEEKDAYS, YEARS
 from insightv.demo.tables import Table, split_of, tables
 from insightv.records import AnswerType, Question, seed_for
 
@@ -212,7 +212,9 @@ def _plots(
     while failed < _PATIENCE:
         (name,) = rng.choices(names, weights)
         marks = _marks(rng.choice(groups[name]), rng)
-        if marks in drawn or _elsewhere(marks, split):
+        # Charts of almost one value ask for nothing.
+        flat = len({value for _, value in marks}) < 3
+        if flat or marks in drawn or _elsewhere(marks, split):
             failed += 1
             continue
         failed = 0

@@ -7,21 +7,23 @@ Only code stands here: the numbers are read, when needed, from packages that shi
 from __future__ import annotations
 
 import datetime
-import importlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-QUARTERS = ("Q1", "Q2", "Q3", "Q4")
-# Every fifth year, and one decade in full: few distinct years, used by many tables.
-YEARS = tuple(sorted({*range(1952, 2008, 5), *range(2000, 2011)} - {2001}))
+from insightv.demo.series import (
+    MONTHS,
+    QUARTERS,
+    WEEKDAYS,
+    YEARS,
+    Reader,
+    Series,
+    by_month,
+    decades,
+    grid_both_ways,
+    means,
+    plotly,
+    statsmodels,
+    vega,
+)
 
 _REGIONS = {
     "north-africa": "Egypt Morocco Algeria Tunisia Libya",
@@ -50,102 +52,8 @@ _STATES = {
 }
 
 
-@dataclass(frozen=True)
-class Series:
-    """A series as the package ships it, before rescaling."""
-
-    name: str
-    group: str
-    points: Mapping[str, float]
-    title: str
-    unit: str
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Reads one source.
-
-    Attributes:
-        read: Yields its series.
-        source: The package and data set.
-        licence: The data set's licence as far as it is stated.
-    """
-
-    read: Callable[[], Iterator[Series]]
-    source: str
-    licence: str
-
-
-# How each package hands out its data: as a pandas table.
-
-
-def _vega(name: str) -> DataFrame:
-    import pandas
-    from vega_datasets import data
-
-    path = Path(getattr(data, name).filepath)
-    if path.suffix == ".json":
-        return pandas.DataFrame(json.loads(path.read_text()))
-    return pandas.read_csv(path)
-
-
-def _plotly(name: str, **options: Any) -> DataFrame:
-    import plotly.express
-
-    return getattr(plotly.express.data, name)(**options)
-
-
-def _statsmodels(name: str) -> DataFrame:
-    return importlib.import_module(f"statsmodels.datasets.{name}").load_pandas().data
-
-
-# Shapes that recur: one column by month, a grid read both ways, means by category.
-
-
-def _by_month(
-    group: str, dated: Iterable[tuple[str, float]], title: str, unit: str
-) -> Iterator[Series]:
-    """One series a year from (ISO date, value) pairs, averaged by month."""
-    years: dict[str, dict[str, list[float]]] = {}
-    for date, value in dated:
-        month = MONTHS[int(date[5:7]) - 1]
-        years.setdefault(date[:4], {}).setdefault(month, []).append(value)
-    for year, months in years.items():
-        means = {month: sum(values) / len(values) for month, values in months.items()}
-        yield Series(f"{group}/{year}", group, means, f"{title}, {year}", unit)
-
-
-def _grid(
-    group: str, grid: Mapping[str, Mapping[str, float]], title: str, unit: str
-) -> Iterator[Series]:
-    """Each row of a grid, and each column: they share numbers, so they share the group."""
-    for row, cells in grid.items():
-        yield Series(f"{group}/{row}", group, cells, f"{title}, {row}", unit)
-    for column in dict.fromkeys(c for cells in grid.values() for c in cells):
-        cells = {row: cells[column] for row, cells in grid.items() if column in cells}
-        yield Series(f"{group}/{column}", group, cells, f"{title}, {column}", unit)
-
-
-def _means(
-    group: str, frame: DataFrame, by: str, value: str, within: Iterable[str], title: str, unit: str
-) -> Iterator[Series]:
-    """Means of a column by category: over all rows, and over the rows of each subset."""
-    yield Series(f"{group}/all", group, frame.groupby(by, sort=False)[value].mean(), title, unit)
-    for column in within:
-        for key, part in frame.groupby(column):
-            means = part.groupby(by, sort=False)[value].mean()
-            yield Series(f"{group}/{column}={key}", group, means, f"{title} ({column} {key})", unit)
-
-
-def _ages(ages: Any) -> Any:
-    return (ages // 10 * 10).astype(int).astype(str) + "s"
-
-
-# The sources.
-
-
 def _gapminder() -> Iterator[Series]:
-    frame = _plotly("gapminder")
+    frame = plotly("gapminder")
     metrics = (
         ("lifeExp", "Life expectancy", "years", 1),
         ("pop", "Population", "million people", 1e-6),
@@ -159,12 +67,12 @@ def _gapminder() -> Iterator[Series]:
                 rows["iso_alpha"], rows["year"], rows[column], strict=True
             ):
                 grid.setdefault(code, {})[str(year)] = value * factor
-            yield from _grid(f"gapminder/{column}/{region}", grid, title, unit)
+            yield from grid_both_ways(f"gapminder/{column}/{region}", grid, title, unit)
 
 
 def _fertility() -> Iterator[Series]:
-    codes = _plotly("gapminder").drop_duplicates("country").set_index("country")["iso_alpha"]
-    frame = _statsmodels("fertility").set_index("Country Code")
+    codes = plotly("gapminder").drop_duplicates("country").set_index("country")["iso_alpha"]
+    frame = statsmodels("fertility").set_index("Country Code")
     for region, names in _REGIONS.items():
         countries = [codes[name.replace("_", " ")] for name in names.split()]
         grid = {
@@ -173,12 +81,12 @@ def _fertility() -> Iterator[Series]:
             }
             for code in countries
         }
-        yield from _grid(f"fertility/{region}", grid, "Births per woman", "births")
+        yield from grid_both_ways(f"fertility/{region}", grid, "Births per woman", "births")
 
 
 def _states() -> Iterator[Series]:
-    crime = _statsmodels("statecrime")
-    airports = _vega("airports")["state"].value_counts()
+    crime = statsmodels("statecrime")
+    airports = vega("airports")["state"].value_counts()
     metrics = {
         "hs_grad": "High-school graduates",
         "poverty": "People below the poverty line",
@@ -197,7 +105,7 @@ def _states() -> Iterator[Series]:
 
 
 def _weather() -> Iterator[Series]:
-    frame = _vega("seattle_weather")
+    frame = vega("seattle_weather")
     frame["date"] = frame["date"].str.replace("/", "-")
     metrics = {
         "precipitation": ("Rain a day in Seattle", "mm"),
@@ -209,7 +117,7 @@ def _weather() -> Iterator[Series]:
         for year, part in frame.groupby(frame["date"].str[:4]):
             group = f"weather/{column}/{year}"
             pairs = zip(part["date"], part[column], strict=True)
-            for series in _by_month(group, pairs, title, unit):
+            for series in by_month(group, pairs, title, unit):
                 yield Series(group, group, series.points, series.title, unit)
     for year, part in frame.groupby(frame["date"].str[:4]):
         grid: dict[str, dict[str, float]] = {}
@@ -217,32 +125,32 @@ def _weather() -> Iterator[Series]:
             months = grid.setdefault(kind[:6].capitalize(), {})
             month = MONTHS[int(date[5:7]) - 1]
             months[month] = months.get(month, 0.0) + 1
-        yield from _grid(
+        yield from grid_both_ways(
             f"weather/kinds/{year}", grid, f"Days by weather in Seattle {year}", "days"
         )
 
 
 def _temperatures() -> Iterator[Series]:
     for city in ("seattle", "sf"):
-        hours = _vega(f"{city}_temps")
+        hours = vega(f"{city}_temps")
         for hour, part in hours.groupby(hours["date"].str[11:13]):
             group, title = f"temps/{city}", f"Temperature at {hour}:00 in {city}"
             pairs = zip(part["date"], part["temp"], strict=True)
-            for series in _by_month(group, pairs, title, "°F"):
+            for series in by_month(group, pairs, title, "°F"):
                 yield Series(f"{series.name}/{hour}", group, series.points, series.title, "°F")
 
 
 def _stocks() -> Iterator[Series]:
-    stocks = _vega("stocks")
+    stocks = vega("stocks")
     months = {name: f"{number:02d}" for number, name in enumerate(MONTHS, 1)}
     for symbol, part in stocks.groupby("symbol"):
         dates = [f"{text.split()[2]}-{months[text.split()[0]]}" for text in part["date"]]
         pairs = zip(dates, part["price"], strict=True)
-        yield from _by_month(f"stocks/{symbol}", pairs, f"Share price of {symbol}", "dollars")
+        yield from by_month(f"stocks/{symbol}", pairs, f"Share price of {symbol}", "dollars")
 
 
 def _jobs() -> Iterator[Series]:
-    work = _vega("us_employment")
+    work = vega("us_employment")
     sectors = (
         "mining_and_logging construction durable_goods nondurable_goods wholesale_trade "
         "retail_trade transportation_and_warehousing utilities information "
@@ -252,11 +160,11 @@ def _jobs() -> Iterator[Series]:
     for sector in sectors.split():
         pairs = zip(work["month"], work[sector], strict=True)
         title = f"US jobs, {sector.replace('_', ' ')}"
-        yield from _by_month(f"jobs/{sector}", pairs, title, "thousand jobs")
+        yield from by_month(f"jobs/{sector}", pairs, title, "thousand jobs")
 
 
 def _driving() -> Iterator[Series]:
-    driving = _vega("driving")
+    driving = vega("driving")
     for column, title, unit in (
         ("miles", "Miles driven per American", "miles"),
         ("gas", "Price of gasoline", "dollars"),
@@ -270,23 +178,23 @@ def _driving() -> Iterator[Series]:
 
 
 def _iowa() -> Iterator[Series]:
-    iowa = _vega("iowa_electricity")
+    iowa = vega("iowa_electricity")
     grid: dict[str, dict[str, float]] = {}
     for date, kind, value in zip(iowa["year"], iowa["source"], iowa["net_generation"], strict=True):
         if int(date[:4]) in YEARS:
             grid.setdefault(kind[:6].strip(), {})[date[:4]] = float(value)
-    yield from _grid("iowa", grid, "Electricity made in Iowa", "GWh")
+    yield from grid_both_ways("iowa", grid, "Electricity made in Iowa", "GWh")
 
 
 def _crimea() -> Iterator[Series]:
-    crimea = _vega("crimea")
+    crimea = vega("crimea")
     for cause in ("wounds", "other", "disease"):
         pairs = zip(crimea["date"], crimea[cause].astype(float), strict=True)
-        yield from _by_month(f"crimea/{cause}", pairs, f"Crimean War, {cause}", "deaths")
+        yield from by_month(f"crimea/{cause}", pairs, f"Crimean War, {cause}", "deaths")
 
 
 def _barley() -> Iterator[Series]:
-    frame = _vega("barley")
+    frame = vega("barley")
     varieties = {"Manchuria": "Manchu", "Glabron": "Glabro", "Svansota": "Svanso"}
     varieties |= {"Velvet": "Velvet", "Trebi": "Trebi", "Peatland": "Peatla"}
     sites = {"University Farm": "UFarm", "Waseca": "Waseca", "Morris": "Morris"}
@@ -295,11 +203,11 @@ def _barley() -> Iterator[Series]:
         grid: dict[str, dict[str, float]] = {}
         for variety, site, crop in zip(part["variety"], part["site"], part["yield"], strict=True):
             grid.setdefault(varieties[variety], {})[sites[site]] = crop
-        yield from _grid(f"barley/{year}", grid, f"Barley {year}", "bushels per acre")
+        yield from grid_both_ways(f"barley/{year}", grid, f"Barley {year}", "bushels per acre")
 
 
 def _cars() -> Iterator[Series]:
-    frame = _vega("cars")
+    frame = vega("cars")
     makers = {"ford": "Ford", "chevrolet": "Chevy", "plymouth": "Plymou", "amc": "AMC"}
     makers |= {"dodge": "Dodge", "toyota": "Toyota", "datsun": "Datsun", "volkswagen": "VW"}
     frame["maker"] = frame["Name"].str.split().str[0].map(makers)
@@ -314,7 +222,7 @@ def _cars() -> Iterator[Series]:
     for column, (title, unit) in metrics.items():
         group = f"cars/{column}"
         for by, part in (("maker", frame[frame["maker"].notna()]), ("Origin", frame)):
-            for series in _means(group, part, by, column, ["year"], title, unit):
+            for series in means(group, part, by, column, ["year"], title, unit):
                 name = series.name.replace(group, f"{group}/{by}")
                 yield Series(name, group, series.points, series.title, unit)
     for year, part in frame.groupby("year"):
@@ -325,7 +233,7 @@ def _cars() -> Iterator[Series]:
 
 def _ohlc() -> Iterator[Series]:
     weeks: dict[str, dict[str, dict[str, float]]] = {}
-    for row in _vega("ohlc").to_dict("records"):
+    for row in vega("ohlc").to_dict("records"):
         date = datetime.date.fromisoformat(row["date"])
         for column in ("open", "high", "low", "close"):
             week = weeks.setdefault(f"{date.isocalendar().week}", {})
@@ -337,7 +245,7 @@ def _ohlc() -> Iterator[Series]:
 
 
 def _tips() -> Iterator[Series]:
-    days = _plotly("tips").replace({"day": {"Thur": "Thu"}})
+    days = plotly("tips").replace({"day": {"Thur": "Thu"}})
     days["share"] = 100 * days["tip"] / days["total_bill"]
     for column, title, unit in (
         ("total_bill", "Mean bill", "dollars"),
@@ -346,11 +254,11 @@ def _tips() -> Iterator[Series]:
         ("size", "Mean party", "people"),
     ):
         within = ["sex", "smoker", "time"]
-        yield from _means(f"tips/{column}", days, "day", column, within, title, unit)
+        yield from means(f"tips/{column}", days, "day", column, within, title, unit)
 
 
 def _shares() -> Iterator[Series]:
-    prices = _plotly("stocks", indexed=False, datetimes=False)
+    prices = plotly("stocks", indexed=False, datetimes=False)
     symbols = [column for column in prices.columns if column != "date"]
     for month, part in prices.groupby(prices["date"].str[:7]):
         group = f"shares/{month[:4]}-{'first' if month[5:] < '07' else 'second'}"
@@ -360,17 +268,17 @@ def _shares() -> Iterator[Series]:
 
 
 def _medals() -> Iterator[Series]:
-    medals = _plotly("medals_wide", indexed=False)
+    medals = plotly("medals_wide", indexed=False)
     codes = {"South Korea": "KOR", "China": "CHN", "Canada": "CAN"}
     grid = {
         codes[row["nation"]]: {kind.capitalize(): float(row[kind]) for kind in medals.columns[1:]}
         for row in medals.to_dict("records")
     }
-    yield from _grid("medals", grid, "Short-track medals", "medals")
+    yield from grid_both_ways("medals", grid, "Short-track medals", "medals")
 
 
 def _wind() -> Iterator[Series]:
-    wind = _plotly("wind")
+    wind = plotly("wind")
     for strength, part in wind.groupby("strength"):
         ways = dict(zip(part["direction"], part["frequency"], strict=True))
         points = {way: ways[way] for way in ("N", "NE", "E", "SE", "S", "SW", "W", "NW")}
@@ -379,7 +287,7 @@ def _wind() -> Iterator[Series]:
 
 
 def _election() -> Iterator[Series]:
-    for row in _plotly("election").to_dict("records"):
+    for row in plotly("election").to_dict("records"):
         points = {name[:6]: float(row[name]) for name in ("Coderre", "Bergeron", "Joly")}
         group = f"election/{str(row['district_id'])[0]}"  # neighbouring districts
         title = f"Votes in district {row['district_id']} of Montreal, 2013"
@@ -387,7 +295,7 @@ def _election() -> Iterator[Series]:
 
 
 def _macro() -> Iterator[Series]:
-    frame = _statsmodels("macrodata")
+    frame = statsmodels("macrodata")
     metrics = {
         "realgdp": ("US gross domestic product", "billion dollars"),
         "realcons": ("US consumption", "billion dollars"),
@@ -411,7 +319,7 @@ def _macro() -> Iterator[Series]:
 
 
 def _elnino() -> Iterator[Series]:
-    nino = _statsmodels("elnino")
+    nino = statsmodels("elnino")
     for row in nino.to_dict("records"):
         year = int(row["YEAR"])
         points = {month: row[month.upper()] for month in MONTHS}
@@ -420,21 +328,21 @@ def _elnino() -> Iterator[Series]:
 
 
 def _co2() -> Iterator[Series]:
-    dates = [(f"{date:%Y-%m}", v) for date, v in _statsmodels("co2")["co2"].items() if v == v]
-    for series in _by_month("co2", dates, "Carbon dioxide on Mauna Loa", "ppm"):
+    dates = [(f"{date:%Y-%m}", v) for date, v in statsmodels("co2")["co2"].items() if v == v]
+    for series in by_month("co2", dates, "Carbon dioxide on Mauna Loa", "ppm"):
         year = int(series.name[-4:])
         group = f"co2/{year // 5 * 5}"
         yield Series(series.name, group, series.points, series.title, series.unit)
 
 
 def _sunspots() -> Iterator[Series]:
-    spots = _statsmodels("sunspots").set_index("YEAR")["SUNACTIVITY"]
+    spots = statsmodels("sunspots").set_index("YEAR")["SUNACTIVITY"]
     points = {str(year): spots[year] for year in YEARS if year in spots.index}
     yield Series("sunspots", "sunspots", points, "Sunspots", "spots")
 
 
 def _travel() -> Iterator[Series]:
-    modes = _statsmodels("modechoice")
+    modes = statsmodels("modechoice")
     modes["mode"] = modes["mode"].map({1: "Air", 2: "Train", 3: "Bus", 4: "Car"})
     modes["income"] = (modes["hinc"] // 10 * 10).astype(int)
     for column, title, unit in (
@@ -442,19 +350,19 @@ def _travel() -> Iterator[Series]:
         ("invc", "Cost of the ride", "dollars"),
         ("invt", "Time under way", "minutes"),
     ):
-        yield from _means(f"travel/{column}", modes, "mode", column, ["income"], title, unit)
+        yield from means(f"travel/{column}", modes, "mode", column, ["income"], title, unit)
 
 
 def _voters() -> Iterator[Series]:
-    voters = _statsmodels("anes96").sort_values("age", kind="stable")
-    voters["band"] = _ages(voters["age"])
+    voters = statsmodels("anes96").sort_values("age", kind="stable")
+    voters["band"] = decades(voters["age"])
     voters = voters[voters["band"].isin(["20s", "30s", "40s", "50s", "60s", "70s"])]
     for column, title, unit in (
         ("TVnews", "Days a week with TV news", "days"),
         ("educ", "Education of voters", "level"),
         ("income", "Income of voters", "class"),
     ):
-        yield from _means(f"voters/{column}", voters, "band", column, ["PID", "vote"], title, unit)
+        yield from means(f"voters/{column}", voters, "band", column, ["PID", "vote"], title, unit)
 
 
 def _flowers_and_wines() -> Iterator[Series]:
@@ -479,7 +387,7 @@ def _patients() -> Iterator[Series]:
     from sklearn.datasets import load_diabetes
 
     patients = load_diabetes(as_frame=True, scaled=False).frame.sort_values("age", kind="stable")
-    patients["band"] = _ages(patients["age"])
+    patients["band"] = decades(patients["age"])
     patients = patients[patients["band"].isin(["20s", "30s", "40s", "50s", "60s", "70s"])]
     for column, title, unit in (
         ("bmi", "Body mass index", "kg/m²"),
@@ -489,7 +397,7 @@ def _patients() -> Iterator[Series]:
         ("s6", "Blood sugar", "mg/dl"),
         ("target", "Progression of diabetes", "points"),
     ):
-        yield from _means(f"patients/{column}", patients, "band", column, ["sex"], title, unit)
+        yield from means(f"patients/{column}", patients, "band", column, ["sex"], title, unit)
 
 
 _NOAA = "public domain (NOAA)"

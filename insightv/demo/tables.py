@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hpc.errors import UserError
-from insightv.demo.sources import READERS, Reader
+from insightv.demo.series import Reader
+from insightv.demo.sources import READERS
 
 LARGEST = 40
 """Values are whole numbers from 1 to this."""

@@ -17,7 +17,7 @@ class EngineConfig:
     (Padding and the composition of a batch move logits by rounding, as in any engine.)
 
     Attributes:
-        kind: ``transformers``: Hugging Face ``generate`` in this process.
+        kind: ``transformers``: a model of transformers in this process.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
         dtype: Of the weights: ``auto`` (bfloat16 on a GPU, else float32), ``float32``,
             ``bfloat16`` or ``float16``.

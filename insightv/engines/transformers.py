@@ -1,4 +1,4 @@
-"""The engine in process: Hugging Face ``generate`` on batches that form by themselves."""
+"""The engine in process: transformers models on batches that form by themselves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from threading import Lock
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hpc.errors import RecordError
 from insightv import models
 from insightv.engines.base import Completion, Request
 from insightv.engines.config import EngineConfig
-from insightv.engines.rows import RowSampler, RowStopper, decode
+from insightv.engines.decoding import decode, decode_rows
 from insightv.pictures import Pictures
 
 _TICK = 0.003
@@ -70,8 +69,6 @@ class TransformersEngine:
         self._tokenizer = loaded.tokenizer
         self._autocast = config.autocast
         self._ends = _ends(loaded)
-        # Sampling is the rows' own matter: what the folder recommends must not interfere.
-        self._model.generation_config = GenerationConfig(pad_token_id=self._tokenizer.pad_token_id)
         self._rows = config.batch_size
         self._budget = config.batch_tokens
         self._pictures = pictures
@@ -198,37 +195,29 @@ class TransformersEngine:
         half = len(batch) // 2
         return self._serve(batch[:half]) + self._serve(batch[half:])
 
-    @torch.inference_mode()
     def _generate(self, batch: list[_Job]) -> list[Completion]:
-        """One batch through ``generate``."""
+        """One batch through the model; prompts that are the same are read once."""
         model = self._model
-        inputs = models.collate([job.encoding for job in batch], self._tokenizer.pad_token_id)
+        prompts: dict[tuple[tuple[int, ...], tuple[str, ...]], models.Encoding] = {}
+        keys = [(tuple(job.encoding.ids), job.request.pictures) for job in batch]
+        for key, job in zip(keys, batch, strict=True):
+            prompts.setdefault(key, job.encoding)
+        inputs = models.collate(list(prompts.values()), self._tokenizer.pad_token_id)
         for name, tensor in inputs.items():
             dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
             inputs[name] = tensor.to(model.device, dtype)
-        prompt = inputs["input_ids"].shape[1]
-        requests = [job.request for job in batch]
-        limits = [job.limit for job in batch]
-        sampler = RowSampler(requests, limits, inputs["attention_mask"])
-        stopper = RowStopper(requests, limits, prompt, self._tokenizer, self._ends, model.device)
+        places = {key: place for place, key in enumerate(prompts)}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self._autocast):
-            tokens = model.generate(
-                **inputs,
-                generation_config=GenerationConfig(
-                    max_new_tokens=max(limits),
-                    do_sample=False,
-                    pad_token_id=self._tokenizer.pad_token_id,
-                    eos_token_id=self._ends or None,
-                ),
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([stopper]),
+            tokens = decode_rows(
+                model,
+                inputs,
+                [places[key] for key in keys],
+                [job.request for job in batch],
+                [job.limit for job in batch],
+                self._tokenizer,
+                self._ends,
             )
-        rows = tokens[:, prompt:].tolist()
-        lengths = stopper.lengths.tolist()
-        return [
-            self._completion(job, row[:length])
-            for job, row, length in zip(batch, rows, lengths, strict=True)
-        ]
+        return [self._completion(job, ids) for job, ids in zip(batch, tokens, strict=True)]
 
     def _completion(self, job: _Job, ids: list[int]) -> Completion:
         """The text of a row's new tokens, cut before its first stop string."""

@@ -7,6 +7,7 @@ that both entries have decided. All shares are fractions.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import Counter, defaultdict
@@ -119,6 +120,7 @@ def collect(run: Path, seed: int = 0) -> Results:
     return {
         "run": run.resolve().name,
         "seed": seed,
+        "made_from": made_from(run),
         "benchmarks": asked.benchmarks,
         "ladder": [
             _rung(asked, entry, benchmark, seed)
@@ -136,6 +138,15 @@ def collect(run: Path, seed: int = 0) -> Results:
         "funnel": (counts := funnel(run)),
         "score_agreement": {str(row["round"]): row["agreement"] for row in counts["rounds"]},
         "training": training(run),
+    }
+
+
+def made_from(run: Path) -> dict[str, str]:
+    """Every complete stage that results may rest on, with a digest of its manifest."""
+    return {
+        stage: hashlib.sha256(RunDir(run).manifest(stage).read_bytes()).hexdigest()[:16]
+        for stage in stage_names(run)
+        if stage not in ("results", "report") and complete(run, stage)
     }
 
 
@@ -159,7 +170,8 @@ def read_predictions(run: Path) -> Asked:
             seen.add(row["entry"])
             reasoning = "none"
             if row["reasoning"]:
-                reasoning = _name(row["reasoning_correct"])
+                found = row["reasoning_answer"] or row["reasoning_correct"] is not None
+                reasoning = _name(row["reasoning_correct"]) if found else "unanswered"
             asked.told.setdefault(row["entry"], {})[row["question"]] = Told(
                 row["correct"], reasoning, row["tokens"]
             )
@@ -251,14 +263,18 @@ def _difference(asked: Asked, entry: str, other: str, benchmark: str, seed: int)
 def _confusion(asked: Asked, entries: Iterable[str]) -> dict[str, dict[str, int]]:
     """Entry to counts of ``reasoning_<right|wrong|…>_answer_<…>`` on the first benchmark.
 
-    Only entries that write reasoning have one (the paper's figure 6).
+    Only entries whose reasoning has an answer of its own have one (the paper's figure 6).
     """
     table: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in entries:
         for key, told in asked.told[entry].items():
             if told.reasoning != "none" and asked.benchmark(key) == asked.benchmarks[0]:
                 table[entry][f"reasoning_{told.reasoning}_answer_{_name(told.correct)}"] += 1
-    return {entry: dict(sorted(counts.items())) for entry, counts in table.items()}
+    return {
+        entry: dict(sorted(counts.items()))
+        for entry, counts in table.items()
+        if any("unanswered" not in name for name in counts)
+    }
 
 
 def _judge_card(asked: Asked, seed: int) -> dict[str, Any] | None:

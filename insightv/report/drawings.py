@@ -63,6 +63,7 @@ def ladder(results: Results) -> list[Markup]:
             ],
         )
         for benchmark in results["benchmarks"]
+        if results["ladder"]
     ]
 
 

@@ -23,7 +23,7 @@ from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json
 from insightv.evaluation.funnel import complete, rank_of_round, shard_folder, stage_names
-from insightv.evaluation.results import Results, collect, read_metrics
+from insightv.evaluation.results import Results, collect, made_from, read_metrics
 from insightv.records import Prediction, Question
 from insightv.report import drawings
 from insightv.report.gallery import data_uri, gallery, questions, rank, store
@@ -56,14 +56,10 @@ def write_report(run: Path) -> Path:
 
 
 def current_results(run: Path) -> Results:
-    """``results.json`` where it is newer than every other stage; collected afresh otherwise."""
-    written = RunDir(run).results
-    manifests = [RunDir(run).manifest(stage) for stage in stage_names(run)]
-    others = [path for path in manifests if path.parent.name not in ("results", "report")]
-    if written.is_file() and all(
-        path.stat().st_mtime <= written.stat().st_mtime for path in others if path.is_file()
-    ):
-        return read_json(written)
+    """``results.json`` where it was made from the stages as they are; else collected afresh."""
+    written = read_json(RunDir(run).results)
+    if isinstance(written, dict) and written.get("made_from") == made_from(run):
+        return written
     return collect(run)
 
 
@@ -80,6 +76,7 @@ def render(run: Path, results: Results) -> str:
     )
     environment.filters |= {"pct": pct, "count": count, "signed": signed}
     shown = gallery(run)
+    main = main_benchmark(results)
     return environment.get_template("index.html").render(
         policy=(
             f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
@@ -88,7 +85,7 @@ def render(run: Path, results: Results) -> str:
         style=Markup(style),
         script=Markup(script),
         results=results,
-        main=results["benchmarks"][0] if results["benchmarks"] else "",
+        main=main,
         headline=headline(results),
         ladder=drawings.ladder(results),
         table=ladder_table(results),
@@ -96,7 +93,7 @@ def render(run: Path, results: Results) -> str:
         differences=drawings.differences(results),
         confusion=confusion(results),
         card=drawings.card(results),
-        examples=examples(run),
+        examples=examples(run, main),
         funnel=drawings.funnel(results),
         distributions=drawings.distributions(results),
         agreement=drawings.agreement(results),
@@ -141,6 +138,11 @@ def count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
+def main_benchmark(results: Results) -> str:
+    """The question set the run trains for; empty while there are no questions."""
+    return results["benchmarks"][0] if results["benchmarks"] else ""
+
+
 def headline(results: Results) -> list[tuple[str, str]]:
     """The run in four numbers, those that are known."""
     numbers = results["funnel"]
@@ -154,7 +156,7 @@ def headline(results: Results) -> list[tuple[str, str]]:
     if pairs:
         found.append((count(sum(pairs)), "preference pairs"))
     gains = {(row["entry"], row["other"], row["benchmark"]): row for row in results["differences"]}
-    main = results["benchmarks"][0] if results["benchmarks"] else ""
+    main = main_benchmark(results)
     gain = gains.get(("multi_agent", "base", main))
     if gain and gain["difference"] is not None:
         low, high = gain["ci95"]
@@ -184,7 +186,7 @@ def ladder_table(results: Results) -> list[dict[str, Any]]:
 
 def task_table(results: Results) -> dict[str, Any]:
     """Accuracy by task on the main benchmark: a row a task, a column an entry."""
-    main = results["benchmarks"][0] if results["benchmarks"] else ""
+    main = main_benchmark(results)
     by_entry = {name: tasks.get(main, {}) for name, tasks in results["tasks"].items()}
     names = sorted({task for tasks in by_entry.values() for task in tasks})
     return {
@@ -229,10 +231,10 @@ def confusion(results: Results) -> list[dict[str, Any]]:
     return tables
 
 
-def examples(run: Path) -> dict[str, Any] | None:
+def examples(run: Path, main: str) -> dict[str, Any] | None:
     """One question that direct SFT gets wrong and both agents right, and one the other way round.
 
-    Both are drawn by hash among all such questions, whose number is told.
+    Both are drawn by hash among all such questions of the main benchmark.
     """
     entries = ("direct_sft", "multi_agent")
     stages = [f"eval-{entry}" for entry in entries]
@@ -247,18 +249,18 @@ def examples(run: Path) -> dict[str, Any] | None:
         for stage in stages
     )
     both = sorted(direct.keys() & agents.keys(), key=rank)
-    main = [key for key in both if key.startswith("charts:")] or both
-    gained = [key for key in main if agents[key] and not direct[key]]
-    lost = [key for key in main if direct[key] and not agents[key]]
+    both = [key for key in both if key.startswith(f"{main}:")]
+    gained = [key for key in both if agents[key] and not direct[key]]
+    lost = [key for key in both if direct[key] and not agents[key]]
     chosen = [keys[0] for keys in (gained, lost) if keys]
-    shown = {key: {} for key in chosen}
+    shown: dict[str, dict[str, Any]] = {key: {} for key in chosen}
     for entry, stage in zip(entries, stages, strict=True):
         for row in shards.read_rows(shard_folder(run, stage)):
             if row["question"] in shown:
                 shown[row["question"]][entry] = _side(Prediction.from_json(row))
     asked = questions(run, "questions-test", set(chosen))
     return {
-        "compared": len(main),
+        "compared": len(both),
         "gained": len(gained),
         "lost": len(lost),
         "shown": [_example(run, asked[key], shown[key]) for key in chosen],

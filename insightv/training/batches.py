@@ -296,11 +296,21 @@ class Rows:
         digest: SHA-256 (16 hex digits) over all rows.
     """
 
-    def __init__(self, rows: Iterable[Row] | Path, directory: Path):
+    def __init__(
+        self,
+        rows: Iterable[Row] | Path,
+        directory: Path,
+        check: Callable[[Row], None] = lambda row: None,
+    ):
         """Copies the rows of an iterable or a shard folder to a nameless file in ``directory``.
 
+        Args:
+            rows: The rows or their shards.
+            directory: Has room for all of them.
+            check: Sees each row, and raises if it cannot be trained on.
+
         Raises:
-            UserError: There are none, or a shard is damaged.
+            UserError: There are none, a shard is damaged, or ``check`` found fault.
         """
         if isinstance(rows, Path):
             from hpc.shards import read_rows
@@ -314,6 +324,7 @@ class Rows:
         self._lock = threading.Lock()
         total, offsets, end = hashlib.sha256(), [0], 0
         for row in lines:
+            check(row)
             line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
             total.update(line)
             end += self._file.write(line)

@@ -103,6 +103,15 @@ def train_dpo(
     backend = TorchBackend(model, config)
     encoder = Encoder(backend.processor, pictures, config.max_length, config.picture_cache_mb)
 
+    def check(row: Row) -> None:
+        # A row without values is one the reference stage found too long: see `encode`.
+        known = row.get("reference_chosen") is not None
+        if known and row.get("reference_model") != reference:
+            raise UserError(
+                f"pair {row.get('key')} has reference log-probabilities of model "
+                f"{row.get('reference_model') or 'unknown'}, expected {reference}: remake them"
+            )
+
     def encode(row: Row) -> Example:
         example = encoder.pair(row)
         if len(example.reference) != 2:
@@ -110,14 +119,10 @@ def train_dpo(
                 f"pair {example.key} has no reference log-probabilities: "
                 "run the reference stage over the pairs first"
             )
-        if row["reference_model"] != reference:
-            raise UserError(
-                f"pair {example.key} has reference log-probabilities of model "
-                f"{row['reference_model'] or 'unknown'}, expected {reference}: remake them"
-            )
         return example
 
-    return _Training(config, backend, encode, Preference(config), out, context, reference).run(data)
+    training = _Training(config, backend, encode, Preference(config), out, context, reference)
+    return training.run(data, check)
 
 
 class _Training:
@@ -139,8 +144,10 @@ class _Training:
         self.metrics = context.directory / "metrics.jsonl"
         self.finished = context.directory / "training.json"
 
-    def run(self, data: Iterable[Row] | Path) -> Counts | None:
-        rows = Rows(data, self.context.directory)
+    def run(
+        self, data: Iterable[Row] | Path, check: Callable[[Row], None] = lambda row: None
+    ) -> Counts | None:
+        rows = Rows(data, self.context.directory, check)
         try:
             return self._run(rows)
         finally:

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from pathlib import Path
+from unittest import mock
 
 from PIL import Image, ImageDraw
 
@@ -87,7 +88,7 @@ def make_steps(rng: random.Random, question: Question, answer: str) -> tuple[Ste
 def commit(run: Path, stage: str, groups: list, counts: dict | None = None) -> None:
     """Writes a stage's shards and its manifest."""
     folder = run / "stages" / stage
-    shards.write_groups(folder / "shards", groups, per_shard=16)
+    shards.write_groups(folder / "shards", groups, per_shard=64)
     (folder / "manifest.json").write_text(json.dumps({"counts": counts or {}}))
 
 
@@ -228,6 +229,7 @@ def make_predictions(run: Path, questions: list[Question]) -> None:
             right = rng.random() < chance + bonus
             answer = question.answer if right else str(int(question.answer) + 1)
             reasons = entry not in ("base", "summary_only")
+            own = reasons and entry != "direct_sft"  # whose answer is the reasoning's own
             sound = right if rng.random() < 0.85 else not right
             steps = make_steps(rng, question, answer)
             if entry == "multi_agent":
@@ -238,10 +240,10 @@ def make_predictions(run: Path, questions: list[Question]) -> None:
                     question.key,
                     entry,
                     render_steps(steps) if reasons else "",
-                    answer if reasons else "",
+                    answer if own else "",
                     answer,
                     None if rng.random() < 0.01 else right,
-                    sound if reasons else None,
+                    sound if own else None,
                     "number",
                     rng.randint(40, 70) if reasons else 3,
                     ("0123abcd",),
@@ -272,6 +274,7 @@ def make_predictions(run: Path, questions: list[Question]) -> None:
     commit(run, "eval-judge_card", group(rows))
 
 
+@mock.patch("os.fsync", lambda descriptor: None)  # a test's run need not survive a power failure
 def make_run(run: Path, tables: int = 14, paths: int = 4, rounds: int = 2) -> Path:
     """A complete run of ``rounds`` rounds over ``3 * tables`` training questions."""
     run.mkdir(parents=True)

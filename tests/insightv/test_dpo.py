@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ def config(**values) -> DPOConfig:
     return DPOConfig(**{**plain, **values})
 
 
-def referred(name: str, rows: list, pictures, precision: str = "fp32") -> tuple[list, str]:
-    settings = ReferenceConfig(precision=precision, device="cpu")
-    reference = Reference(family(name), settings, pictures)
+def referred(folder: Path, rows: list, pictures, **values) -> tuple[list, str]:
+    settings = ReferenceConfig(**{"precision": "fp32", "device": "cpu", **values})
+    reference = Reference(folder, settings, pictures)
 
     async def run():
         try:
@@ -42,7 +43,7 @@ def referred(name: str, rows: list, pictures, precision: str = "fp32") -> tuple[
 def test_the_first_loss_is_log_two(name, pictures, tmp_path):
     """The policy is its reference at step 0, through both of the project's code paths."""
     store_, ids = pictures
-    rows, digest = referred(name, pair_rows(ids), store_)
+    rows, digest = referred(family(name), pair_rows(ids), store_)
     context = Here(tmp_path / "stage")
     settings = config(terms={"sigmoid": 1.0}, batch_size=6, tokens_per_micro_batch=400)
     train_dpo(settings, family(name), rows, store_, tmp_path / "m", context, digest)
@@ -55,17 +56,17 @@ def test_the_first_loss_is_log_two(name, pictures, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_training_prefers_the_winners(name, pictures, tmp_path):
     store_, ids = pictures
-    rows, digest = referred(name, pair_rows(ids), store_)
+    rows, digest = referred(family(name), pair_rows(ids), store_)
     context = Here(tmp_path / "stage")
-    settings = config(epochs=10, learning_rate=2e-3)
+    settings = config(epochs=20, learning_rate=3e-3, batch_size=6)
     counts = train_dpo(settings, family(name), rows, store_, tmp_path / "m", context, digest)
     lines = context.lines()
-    assert counts["step"] == len(lines) == 15 and counts["samples"] == 60
+    assert counts["step"] == len(lines) == 20 and counts["samples"] == 120
     assert lines[-1]["accuracy"] == 1.0 and lines[-1]["margin"] > 0.5
     assert lines[-1]["reward_chosen"] > lines[-1]["reward_rejected"]
     assert {"logp_chosen", "logp_rejected", "both_falling", "length_chosen"} <= lines[0].keys()
     # The trained folder, scored anew: its margin is that of the policy, not of the log.
-    after, _ = referred_by(tmp_path / "m", pair_rows(ids), store_)
+    after, _ = referred(tmp_path / "m", pair_rows(ids), store_)
     won = [a["reference_chosen"] - b["reference_chosen"] for a, b in zip(after, rows, strict=True)]
     lost = [
         a["reference_rejected"] - b["reference_rejected"] for a, b in zip(after, rows, strict=True)
@@ -73,14 +74,9 @@ def test_a_training_prefers_the_winners(name, pictures, tmp_path):
     assert all(w > r for w, r in zip(won, lost, strict=True))
 
 
-def referred_by(folder, rows, pictures):
-    reference = Reference(folder, ReferenceConfig(precision="fp32", device="cpu"), pictures)
-    return asyncio.run(reference("all", {"pairs": rows})), reference.digest
-
-
 def test_bf16_begins_near_log_two(pictures, tmp_path):
     store_, ids = pictures
-    rows, digest = referred("llava", pair_rows(ids), store_, "bf16")
+    rows, digest = referred(family("llava"), pair_rows(ids), store_, precision="bf16")
     context = Here(tmp_path)
     settings = config(terms={"sigmoid": 1.0}, precision="bf16", batch_size=6)
     train_dpo(settings, family("llava"), rows, store_, tmp_path / "m", context, digest)
@@ -97,35 +93,39 @@ def test_pairs_without_reference_are_refused(pictures, tmp_path):
 
 def test_values_of_another_reference_are_refused(pictures, tmp_path):
     store_, ids = pictures
-    rows, digest = referred("llava", pair_rows(ids), store_)
+    rows, digest = referred(family("llava"), pair_rows(ids), store_)
     other = models.digest_of(family("llava", 1))
     assert other != digest
     with pytest.raises(UserError, match=f"of model {digest}, expected {other}"):
         train_dpo(config(), family("llava"), rows, store_, tmp_path / "m", Here(tmp_path), other)
+    # One row is enough, and it is found before the first step.
+    rows[-1]["reference_model"] = ""
+    context = Here(tmp_path)
+    with pytest.raises(UserError, match=f"of model unknown, expected {digest}"):
+        train_dpo(
+            config(batch_size=1), family("llava"), rows, store_, tmp_path / "m", context, digest
+        )
+    assert context.seen == []
 
 
 def test_a_pair_too_long_for_both_is_dropped_and_counted(pictures, tmp_path):
     store_, ids = pictures
     rows = pair_rows(ids)
     rows[2]["prompt"][0]["text"] *= 60
-    settings = ReferenceConfig(precision="fp32", device="cpu", max_length=200)
-    reference = Reference(family("llava"), settings, store_)
-    rows = asyncio.run(reference("all", {"pairs": rows}))
+    rows, digest = referred(family("llava"), rows, store_, max_length=200)
     context = Here(tmp_path)
     counts = train_dpo(
         config(max_length=200),
-        *(family("llava"), rows, store_, tmp_path / "m", context, reference.digest),
+        *(family("llava"), rows, store_, tmp_path / "m", context, digest),
     )
     assert counts["dropped_too_long"] == 1 and counts["samples"] == len(rows) - 1
     with pytest.raises(UserError, match="run the reference stage"):
-        train_dpo(
-            config(), family("llava"), rows, store_, tmp_path / "n", context, reference.digest
-        )
+        train_dpo(config(), family("llava"), rows, store_, tmp_path / "n", context, digest)
 
 
 def test_a_reference_value_that_is_no_number_is_found(pictures, tmp_path):
     store_, ids = pictures
-    rows, digest = referred("llava", pair_rows(ids), store_)
+    rows, digest = referred(family("llava"), pair_rows(ids), store_)
     rows[4]["reference_rejected"] = float("nan")
     context = Here(tmp_path)
     counts = train_dpo(config(), family("llava"), rows, store_, tmp_path / "m", context, digest)

@@ -1,6 +1,6 @@
 import base64
+import html
 import json
-import os
 import re
 import shutil
 
@@ -46,7 +46,8 @@ def test_one_file_that_asks_for_nothing(page):
     assert page.parent.name == "report" and [p.name for p in page.parent.iterdir()] == [page.name]
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
     assert "http://" not in text and "https://" not in text
-    assert "default-src 'none'" in text and "unsafe" not in text
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="(.*?)"', text)[1])
+    assert policy.startswith("default-src 'none'; img-src data:; ") and "unsafe" not in policy
 
 
 def test_hostile_texts_stay_text(page):
@@ -83,10 +84,10 @@ def test_an_old_results_file_is_not_believed(run, tmp_path):
     written = json.loads((copy / "results.json").read_text())
     (copy / "results.json").write_text(json.dumps(written | {"seed": 77}))
     assert current_results(copy)["seed"] == 77
-    manifest = copy / "stages" / "eval-base" / "manifest.json"
-    later = (copy / "results.json").stat().st_mtime + 5
-    os.utime(manifest, (later, later))
+    (copy / "stages" / "eval-base" / "manifest.json").write_text('{"made": "again"}')
     assert current_results(copy)["seed"] == 0
+    shutil.rmtree(copy / "stages" / "eval-base")
+    assert "base" not in {row["name"] for row in current_results(copy)["ladder"]}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_an_old_results_file_is_not_believed(run, tmp_path):
     [
         ("eval-", "No entry of the ladder has been evaluated yet."),
         ("eval-direct_sft", "This needs the entries direct_sft and multi_agent"),
-        ("eval-judge_card", "The judge&#39;s card has not been made yet."),
+        ("eval-judge_card", "The judge's card has not been made yet."),
         ("r", "No round of paths is complete yet."),
         ("r1-judge", "From questions to pairs"),
         ("questions-test", "No entry of the ladder has been evaluated yet."),
@@ -108,7 +109,7 @@ def test_what_is_missing_is_said(run, tmp_path, gone, said):
     for stage in (copy / "stages").iterdir():
         if stage.name.startswith(gone):
             shutil.rmtree(stage)
-    text = write_report(copy).read_text().replace("judge's card has", "judge&#39;s card has")
+    text = write_report(copy).read_text()
     assert said in text
 
 
@@ -135,7 +136,8 @@ def test_ticks_are_few_and_reach_around(a, b, about):
     ticks = nice_ticks(low, high, about)
     assert 2 <= len(ticks) <= about + 3
     if high - low > 1e-3:
-        assert ticks[0] <= low + 1e-6 and ticks[-1] >= high - 1e-6
+        slack = (high - low) * 1e-6
+        assert ticks[0] <= low + slack and ticks[-1] >= high - slack
 
 
 def test_labels_of_figures_are_escaped():
@@ -185,7 +187,7 @@ def test_nothing_from_the_data_runs(page, tab):
     tab.wait(lambda: len(tab.complaints()) >= 2)
     assert tab.run("window.ran") is None
     assert all("Content Security Policy" in text for text in tab.complaints())
-    assert all(url.startswith("file:") for url in tab.requests() if "x" != url[-1])
+    assert all(url.startswith("file:") for url in tab.requests() if url[-1] != "x")
 
 
 @needs_browser

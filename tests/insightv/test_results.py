@@ -70,7 +70,7 @@ def test_every_pair_of_entries_has_its_difference(results):
 
 
 def test_confusion_adds_up_to_the_charts_that_were_reasoned_about(run, results):
-    assert set(results["confusion"]) == set(LADDER) - {"base", "summary_only"}
+    assert set(results["confusion"]) == set(LADDER) - {"base", "direct_sft", "summary_only"}
     counts = results["confusion"]["multi_agent"]
     assert sum(counts.values()) == sum(
         row["question"].startswith("charts:") for row in rows(run, "eval-multi_agent")

@@ -1,0 +1,267 @@
+"""Commands that make a run and look after it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hpc.errors import UserError
+
+if TYPE_CHECKING:
+    from hpc.rundir import Chain
+    from insightv.config import ChainConfig
+
+RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
+_WATCH = 2.0  # seconds between looks
+
+# Imported once by the process that workers are forked from: torch takes seconds to load.
+_PRELOAD = ("insightv.chain", "insightv.engines.transformers", "insightv.training.trainer")
+
+
+def run(
+    chain: Annotated[Path, typer.Argument(metavar="CHAIN", help="A chain file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where to; by default runs/NAME of the chain file.")
+    ] = None,
+    remake: Annotated[
+        bool, typer.Option("--remake", help="Make again what another configuration made.")
+    ] = False,
+) -> None:
+    """Run a chain on this machine; the same command goes on where it stopped."""
+    from hpc.rundir import RunDir
+    from insightv.chain import assemble
+    from insightv.config import read
+
+    config = read(chain, overrides or ())
+    _drive(assemble(config, RunDir(run_dir or Path("runs") / chain.stem)), config, remake)
+
+
+def retry(directory: RunArgument) -> None:
+    """Go on with a run that stopped or was cancelled, configured as it is."""
+    from insightv.config import read
+
+    chain = opened(directory)
+    _drive(chain, read(chain.run.chain_file))
+
+
+def _drive(chain: Chain, config: ChainConfig, remake: bool = False) -> None:
+    """Runs what is missing, then shows what came out."""
+    from hpc import gates
+    from hpc.driver import drive
+    from hpc.executors.local import LocalExecutor
+    from hpc.progress import Bars
+
+    standing = gates.standing(chain)
+    if all(standing.values()):
+        print(f"{chain.run.path}: complete, nothing to do")
+    else:
+        chain.run.create()
+        _save(chain, config, remake)
+        with Bars() as bars:
+            missing = sum(not complete for complete in standing.values())
+            bars.console.print(
+                f"{chain.run.path}: {missing} of {len(standing)} stages to make", highlight=False
+            )
+            executor = LocalExecutor(preload=_PRELOAD)
+            drive(chain, executor, bars, slots=config.local.slots or None, remake=remake)
+    _show_results(chain)
+
+
+def _save(chain: Chain, config: ChainConfig, remake: bool) -> None:
+    """Writes the resolved configuration, which is what the workers read."""
+    from hpc import gates
+    from hpc.config import dump
+    from hpc.disk import write_atomic
+
+    text, path = dump(config), chain.run.chain_file
+    if path.exists() and path.read_text() == text:
+        return
+    if chain.run.locked():
+        raise UserError(f"{chain.run.path}: another process runs this chain; wait for it")
+    if not remake:
+        gates.refuse_changes(chain)
+    write_atomic(path, text)
+
+
+def _show_results(chain: Chain) -> None:
+    from rich.console import Console
+
+    from hpc.rundir import read_json
+    from insightv.evaluation.results import results_table
+
+    results = read_json(chain.run.results)
+    if results:
+        Console().print(results_table(results))
+    page = chain.run.report / "index.html"
+    if page.exists():
+        print(f"report: {page}")
+
+
+def opened(directory: Path) -> Chain:
+    """The chain of a run directory.
+
+    Raises:
+        UserError: There is no run.
+    """
+    from hpc.rundir import RunDir
+    from insightv.chain import build
+
+    run = RunDir(directory)
+    if not run.chain_file.is_file():
+        raise UserError(f"{directory} is no run directory: it has no chain.yaml")
+    return build(run)
+
+
+def status(
+    directory: RunArgument,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
+) -> None:
+    """Show what stands where."""
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    from hpc.status import board
+    from hpc.status import status as look
+
+    chain = opened(directory)
+    if as_json or not watch:
+        while True:
+            found = look(chain)
+            if as_json:
+                print(json.dumps(found, ensure_ascii=False), flush=True)
+            else:
+                Console().print(board(found))
+            if not watch or found["state"] != "running":
+                return
+            time.sleep(_WATCH)
+    with Live(auto_refresh=False) as live:
+        while True:
+            found = look(chain)
+            live.update(Group(board(found)), refresh=True)
+            if found["state"] != "running":
+                return
+            time.sleep(_WATCH)
+
+
+def cancel(directory: RunArgument) -> None:
+    """Stop a run; its workers save what they have and leave."""
+    from hpc.rundir import CANCELLED
+
+    run = opened(directory).run
+    if not run.locked():
+        raise UserError(f"{run.path}: nothing runs here")
+    run.mark(CANCELLED, f"by {getpass.getuser()} on {socket.gethostname()}")
+    print(f"{run.path}: cancelled; `insightv retry {directory}` goes on with it")
+
+
+def logs(
+    directory: RunArgument,
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="Show its logs.")] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Show those of stages that did not complete.")
+    ] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="So many from the end.")] = 40,
+) -> None:
+    """Show what the workers said; without STAGE the last line of each log."""
+    chain = opened(directory)
+    if stage is not None and stage not in chain.stages:
+        names = ", ".join(chain.stages)
+        raise UserError(f"{chain.run.path}: no stage {stage!r}; it has {names}")
+    names = [stage] if stage is not None else list(chain.stages)
+    if failed:
+        names = [
+            name
+            for name in names
+            if chain.run.started(name).exists() and not chain.run.manifest(name).exists()
+        ]
+    whole = stage is not None or failed
+    for name in names:
+        for log in _last_attempt(chain.run.logs(name)):
+            text = log.read_text(errors="replace").splitlines()
+            if whole:
+                print(f"==> {log} <==", *_plain(text[-lines:]), sep="\n")
+            elif text:
+                print(f"{name}: {_plain(text[-1:])[0][:120]}")
+
+
+def _last_attempt(folder: Path) -> list[Path]:
+    """The logs of a stage's last attempt; they are named ``a<attempt>-<n>.log``."""
+    found: dict[int, list[Path]] = {}
+    for log in sorted(folder.glob("a*-*.log")):
+        attempt = log.name[1:].partition("-")[0]
+        if attempt.isdigit():
+            found.setdefault(int(attempt), []).append(log)
+    return found[max(found)] if found else []
+
+
+def _plain(lines: list[str]) -> list[str]:
+    """Lines without control characters, which could rewrite the terminal."""
+    return ["".join(c if c.isprintable() or c == "\t" else " " for c in line) for line in lines]
+
+
+def clean(
+    directory: RunArgument,
+    plan: Annotated[bool, typer.Option("--plan", help="Only list; delete nothing.")] = False,
+    with_logs: Annotated[
+        bool, typer.Option("--logs", help="Logs of complete stages as well.")
+    ] = False,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Shards nobody needs any more; the run is closed then."),
+    ] = False,
+) -> None:
+    """Delete what complete stages no longer need: parts, leases, checkpoints."""
+    from hpc.retention import clean as sweep
+
+    found = sweep(opened(directory), plan=plan, logs=with_logs, data=data)
+    for item in found:
+        print(f"{item.bytes / 2**20:10.2f} MiB  {item.what:12} {item.path}")
+    total = sum(item.bytes for item in found) / 2**20
+    print(f"{total:10.2f} MiB  {'to be deleted' if plan else 'deleted'}")
+
+
+def report(directory: RunArgument) -> None:
+    """Write the page of a run from what it has so far."""
+    from insightv.report import write_report
+
+    print(write_report(opened(directory).run.path))
+
+
+def work(run_dir: Path, stage: str) -> int:
+    """Payload of one worker."""
+    from hpc.work import work as payload
+
+    return payload(opened(run_dir), stage)
+
+
+def gate(run_dir: Path, stage: str) -> int:
+    """Payload of a gate."""
+    from hpc.gates import check
+
+    return check(opened(run_dir), stage)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the commands."""
+    commands: tuple[tuple[str, Any], ...] = (
+        ("run", run),
+        ("status", status),
+        ("logs", logs),
+        ("cancel", cancel),
+        ("retry", retry),
+        ("clean", clean),
+    )
+    for name, command in commands:
+        app.command(name, rich_help_panel="Run")(command)
+    app.command("work", hidden=True)(work)
+    app.command("gate", hidden=True)(gate)

@@ -1,0 +1,163 @@
+"""A chain of seconds without torch: numbers → double, square → total, triple.
+
+As a program: ``counting.py run RUN [key=value …]`` and ``counting.py work RUN STAGE``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc import config as configs
+from hpc.driver import drive
+from hpc.errors import RecordError, UserError
+from hpc.executors.local import LocalExecutor
+from hpc.rundir import Chain, RunDir
+from hpc.shards import join, write_groups
+from hpc.stages import Context, Counts, Row, Stage
+from hpc.work import work
+
+
+@dataclass
+class Counting:
+    n: int = 40
+    per_shard: int = 4
+    factor: int = 2
+    offset: int = 0
+    fail_every: int = 0  # every such number fails
+    fault: str = configs.unhashed("")  # stage:kind, kind one of user, crash, exit, requeue
+    error_limit: float = configs.unhashed(0.0)
+    pause: float = configs.unhashed(0.0)  # seconds a number takes
+    workers: int = configs.unhashed(2)
+    slots: int = configs.unhashed(2)
+    retries: int = configs.unhashed(3)
+    preload: bool = configs.unhashed(False)
+
+
+@dataclass
+class Times:
+    """Multiplies each number; notes each finished one beside the run."""
+
+    factor: int
+    settings: Counting
+    context: Context
+    concurrency: int = 2
+
+    async def __call__(self, key: str, inputs: Mapping[str, list[Row]]) -> list[Row]:
+        await asyncio.sleep(self.settings.pause)
+        (row,) = inputs["numbers"]
+        if self.settings.fail_every and row["value"] % self.settings.fail_every == 0:
+            raise RecordError(f"{row['value'] % 2 and 'odd' or 'even'} numbers are not liked")
+        return [{"key": key, "value": row["value"] * self.factor}]
+
+    async def close(self) -> None:
+        pass
+
+
+def make_chain(run: Path, settings: Counting) -> Chain:
+    def numbers(context: Context) -> Counts:
+        misbehave(settings, "numbers", context)
+        groups = [(f"n:{i}", [{"key": f"n:{i}", "value": i}]) for i in range(settings.n)]
+        shards = write_groups(context.directory / "shards", iter(groups), settings.per_shard)
+        return {"shards": shards}
+
+    def load(name: str, factor: int) -> object:
+        def load_it(context: Context) -> Times:
+            misbehave(settings, name, context)
+            return Times(factor, settings, context)
+
+        return load_it
+
+    def total(context: Context) -> Counts:
+        misbehave(settings, "total", context)
+        steps = 5
+        for step in range(steps):
+            context.progress(step, steps, loss=1.0 / (step + 1))
+            time.sleep(settings.pause)
+        folders = {"double": context.shards("double"), "square": context.shards("square")}
+        summed = 0
+        for _, rows in join(folders):
+            summed += sum(row["value"] for role in folders for row in rows[role])
+        (context.run / "models" / "total").mkdir(parents=True, exist_ok=True)
+        (context.run / "models" / "total" / "sum.txt").write_text(str(summed + settings.offset))
+        return {"sum": summed}
+
+    common = {"error_limit": settings.error_limit, "workers": settings.workers}
+    over = {"numbers": "numbers"}
+    fails = {"fail_every": settings.fail_every}
+    size = {"n": settings.n, "per_shard": settings.per_shard}
+    double = {"factor": settings.factor, **fails}
+    stages = [
+        Stage("numbers", "job", config=size, run=numbers),
+        Stage("double", "map", over, config=double, load=load("double", settings.factor), **common),
+        Stage("square", "map", over, config=fails, load=load("square", 3), **common),
+        Stage(
+            "total",
+            "job",
+            {"double": "double", "square": "square"},
+            config={"offset": settings.offset},
+            run=total,
+            outputs=("models/total",),
+        ),
+        Stage("triple", "map", over, after=("total",), load=load("triple", 3), **common),
+    ]
+    command = [sys.executable, str(Path(__file__).resolve())]
+    return Chain(stages, RunDir(run), command)
+
+
+def misbehave(settings: Counting, name: str, context: Context) -> None:
+    stage, _, kind = settings.fault.partition(":")
+    if stage != name:
+        return
+    if kind == "user":
+        raise UserError("model /nowhere is not a model folder; give another")
+    if kind == "crash":
+        raise RuntimeError("out of luck")
+    if kind == "exit":
+        os._exit(7)
+    if kind == "requeue":
+        marker = context.run / "requeued"
+        if not marker.exists():
+            marker.touch()
+            os._exit(75)
+
+
+def open_chain(run: Path, overrides: Sequence[str] = ()) -> Chain:
+    """The chain of a run; overrides are kept in its chain.yaml, where its workers look."""
+    rundir = RunDir(run)
+    source = rundir.chain_file if rundir.chain_file.exists() else None
+    settings = configs.load(Counting, source, overrides)
+    if overrides or source is None:
+        rundir.create()
+        rundir.chain_file.write_text(configs.dump(settings))
+    return make_chain(run, settings)
+
+
+def run(path: Path, overrides: Sequence[str] = (), **options: object) -> Chain:
+    chain = open_chain(path, overrides)
+    settings = configs.load(Counting, chain.run.chain_file)
+    executor = LocalExecutor(preload=["hpc.work"] if settings.preload else ())
+    options = {"slots": settings.slots, "retries": settings.retries, **options}
+    drive(chain, executor, **options)
+    return chain
+
+
+def main(words: Sequence[str]) -> int:
+    command, path, *rest = words
+    try:
+        if command == "run":
+            run(Path(path), rest)
+            return 0
+        return work(open_chain(Path(path)), rest[0])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Optional
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc.config import digest, dump, load, shaping, unhashed, unhashed_factory
+from hpc.errors import UserError
+
+
+class Mode(Enum):
+    single = 1
+    progressive = 2
+
+
+@dataclass
+class Training:
+    rate: float = 0.1
+    steps: int = 3
+    tags: list[str] = field(default_factory=lambda: ["x"])
+    terms: dict[str, float] = field(default_factory=lambda: {"sigmoid": 1.0})
+    workers: int = unhashed(2)
+
+
+@dataclass
+class Entry:
+    name: str = "???"
+    n: int = 1
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    training: Training = field(default_factory=Training)
+    second: Optional[Training] = None  # noqa: UP045 - what OmegaConf's users write
+    entries: list[Entry] = field(default_factory=list)
+    named: dict[str, Entry] = field(default_factory=dict)
+    mode: Mode = Mode.single
+    flag: bool = False
+    notes: list[str] = unhashed_factory(list)
+
+
+def refused(tmp_path: Path, text: str | None = None, *overrides: str) -> str:
+    source = None
+    if text is not None:
+        source = tmp_path / "chain.yaml"
+        source.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(Config, source, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_layers_and_types(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("seed: 1\ntraining: {rate: 1e-4, steps: 9}\n")
+    source = tmp_path / "sub" / "above.yaml"
+    source.parent.mkdir()
+    source.write_text("extends: ../below.yaml\ntraining: {steps: 8}\nmode: progressive\n")
+    config = load(
+        Config,
+        source,
+        ["training.tags=[a, b]", "second.steps=4", "entries=[{name: q}]", "entries.0.n=7"],
+        base={"seed": 5, "flag": True},
+    )
+    assert config.seed == 1 and config.flag is True and config.mode is Mode.progressive
+    assert config.training == Training(rate=1e-4, steps=8, tags=["a", "b"])
+    assert config.second == Training(steps=4)
+    assert config.entries == [Entry("q", 7)]
+
+
+def test_free_dictionaries_and_lists_are_replaced_but_one_entry_can_be_set(tmp_path: Path) -> None:
+    source = tmp_path / "chain.yaml"
+    source.write_text("training: {terms: {sft: 1}}")
+    assert load(Config, source).training.terms == {"sft": 1.0}
+    assert load(Config, None, ["training.terms.sft=2"]).training.terms == {
+        "sigmoid": 1.0,
+        "sft": 2.0,
+    }
+    assert load(Config, None, ["named.a.name=q", "named.a.n=2"]).named == {"a": Entry("q", 2)}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        ("training:\n  rates: 3\n", [], ["chain.yaml", "training.rates", "training.rate?"]),
+        ("entries: [{name: a, nn: 2}]", [], ["chain.yaml", "entries[0].nn", "entries[0].n?"]),
+        ("named: {a: {nmae: b}}", [], ["named.a.nmae", "named.a.name?"]),
+        (None, ["training.stpes=3"], ["training.stpes=3", "training.steps?"]),
+        (None, ["workers=3"], ["training.workers?"]),
+        (None, ["second.step=1"], ["second.steps?"]),
+        ("training: {steps: 1.5}", [], ["training.steps", "1.5", "int"]),
+        (None, ["seed=abc"], ["seed", "'abc'", "int"]),
+        (None, ["mode=both"], ["mode", "both", "single, progressive"]),
+        (None, ["training=3"], ["training is 3", "section"]),
+        (None, ["seed"], ["key=value"]),
+        (None, ["seed=[1"], ["YAML"]),
+        (None, ["seed.x=1"], ["seed is a value"]),
+        (None, ["entries.3.n=1"], ["0 items"]),
+        (None, ["entries=[{}]"], ["entries[0].name has no value"]),
+        (None, ["seed=${nope}"], ["nope"]),
+        ("a: [1,\nb: }", [], ["chain.yaml: line 2"]),
+        ("seed: 1\nseed: 2\n", [], ["line 2", "duplicate key seed"]),
+        ("- a\n", [], ["key: value"]),
+        ("seed: \x00", [], ["chain.yaml"]),
+        ("extends: gone.yaml", [], ["gone.yaml"]),
+        ("extends: chain.yaml", [], ["extends itself"]),
+    ],
+)
+def test_what_is_wrong_is_named(
+    tmp_path: Path, text: str | None, overrides: list[str], said: list[str]
+) -> None:
+    message = refused(tmp_path, text, *overrides)
+    for words in said:
+        assert words in message
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load(Config, tmp_path / "nowhere.yaml")
+
+
+def test_unhashed_fields_shape_nothing() -> None:
+    plain = load(Config)
+    busy = load(Config, None, ["training.workers=64", "notes=[hello]"])
+    assert busy.training.workers == 64
+    assert shaping(plain) == shaping(busy) and digest(plain) == digest(busy)
+    assert "workers" not in shaping(plain)["training"]
+    assert digest(load(Config, None, ["training.rate=0.2"])) != digest(plain)
+    assert len(digest(plain)) == 16
+
+
+def test_digest_is_that_of_canonical_json() -> None:
+    # printf '{"a":[1,2.5],"b":"é"}' | sha256sum
+    assert digest({"b": "é", "a": (1, 2.5)}) == digest({"a": [1, 2.5], "b": "é"})
+    import hashlib
+
+    expected = hashlib.sha256('{"a":[1,2.5],"b":"é"}'.encode()).hexdigest()[:16]
+    assert digest({"b": "é", "a": [1, 2.5]}) == expected
+    with pytest.raises(TypeError):
+        digest({"a": object()})
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(-(2**40), 2**40),
+    rate=st.floats(allow_nan=False, allow_infinity=False),
+    tags=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=9)),
+    terms=st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True), st.floats(0, 1)),
+)
+def test_dump_reads_back(
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    rate: float,
+    tags: list[str],
+    terms: dict[str, float],
+) -> None:
+    config = Config(
+        seed=seed,
+        training=Training(rate=rate, tags=tags, terms=terms),
+        second=Training(steps=1),
+        entries=[Entry("a", 2)],
+        mode=Mode.progressive,
+    )
+    path = tmp_path_factory.mktemp("dump") / "chain.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert load(Config, path) == config
