@@ -264,11 +264,12 @@ class _Driver:
             if status == 2:
                 self._fail(running, last_line(log) or f"see {log}", log=None)
             if status == gates.STOP:
+                self._check_markers()
                 self._fail(running, self.chain.run.marked(STOPPED) or last_line(log), log)
         alive = sum(state.running for state in states)
         if time.monotonic() >= running.look:
             now = self._report(running)
-            if now.errors > running.stage.error_limit * now.total > 0:
+            if now.total and now.errors > running.stage.error_limit * now.total:
                 self._fail(running, gates.too_many_errors(self.chain, running.stage.name), None)
             if alive and not ended and running.stage.kind == "map" and self._free() > 0:
                 self._add_workers(running)

@@ -20,7 +20,7 @@ from hpc.rundir import STOPPED, Chain, read_json, write_json
 from hpc.shards import (
     Sidecar,
     list_folder,
-    read_errors,
+    read_entries,
     shard_path,
     sidecar_path,
     sidecars,
@@ -124,7 +124,13 @@ def too_many_errors(chain: Chain, name: str) -> str:
     inputs = source["inputs"] if source else sum(item.inputs for item in found.values())
     if failed <= stage.error_limit * inputs:
         return ""
-    reasons = Counter(reason for _, reason in read_errors(run.shards(name)))
+    reasons = Counter(
+        entry.error
+        for index, sidecar in found.items()
+        if sidecar.errors
+        for entry in read_entries(shard_path(run.shards(name), index))
+        if entry.error
+    )
     common = "; ".join(f"{count} × {_short(reason)}" for reason, count in reasons.most_common(3))
     return (
         f"stage {name}: {failed} of {inputs} inputs failed, more than its limit of "

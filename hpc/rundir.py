@@ -6,22 +6,20 @@ others write are replaced whole, so a reader sees the old or the new, never a ha
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hpc import locking
 from hpc.config import digest
 from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
@@ -209,59 +207,11 @@ class RunDir:
 
     def locked(self) -> bool:
         """Whether a driver, or a worker it left behind, is at work here now."""
-        try:
-            descriptor = os.open(self.path / "driver.lock", os.O_RDWR)
-        except OSError:
-            return False
-        try:
-            return not _try_lock(descriptor, self.path)
-        finally:
-            os.close(descriptor)
+        return locking.locked(self.path / "driver.lock")
 
-    @contextmanager
-    def lock(self, patience: float = 60.0) -> Iterator[int]:
-        """Holds the run, so that only one driver works in it.
-
-        The kernel lets go of the lock when its last holder dies. Workers inherit the
-        descriptor, so after a driver was killed the next one waits until they have left.
-
-        Args:
-            patience: Seconds to wait for the workers of a dead driver.
-
-        Yields:
-            The descriptor, for children to inherit.
-
-        Raises:
-            UserError: Another driver is at work, or its workers do not leave.
-        """
-        descriptor = os.open(self.path / "driver.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        held = False
-        try:
-            give_up = time.monotonic() + patience
-            while not _try_lock(descriptor, self.path):
-                holder = _holder(descriptor)
-                if holder is None:
-                    time.sleep(0.05)  # taken this moment, not yet signed
-                elif holder[0] != socket.gethostname() or _alive(holder[1]):
-                    raise UserError(
-                        f"{self.path}: process {holder[1]} on {holder[0]} already runs this chain; "
-                        "wait for it, or end it first"
-                    )
-                else:
-                    time.sleep(0.2)
-                if time.monotonic() > give_up:
-                    raise UserError(
-                        f"{self.path}: workers of an earlier run are still at work; "
-                        "wait for them, or end them (their ids stand in jobs.jsonl)"
-                    )
-            held = True
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
-            yield descriptor
-        finally:
-            if held:
-                os.ftruncate(descriptor, 0)
-            os.close(descriptor)
+    def lock(self, patience: float = 60.0) -> AbstractContextManager[int]:
+        """Holds the run, so that only one driver works in it; see `hpc.locking.hold`."""
+        return locking.hold(self.path / "driver.lock", patience)
 
 
 @dataclass(init=False)
@@ -374,32 +324,3 @@ def _check_payload(stage: Stage) -> None:
         path = PurePosixPath(output)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise UserError(f"stage {stage.name}: output {output!r} leaves the run directory")
-
-
-def _try_lock(descriptor: int, path: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise UserError(
-            f"{path}: the file system holds no locks ({error.strerror}); "
-            "put the run directory on one that does"
-        ) from None
-    return True
-
-
-def _holder(descriptor: int) -> tuple[str, int] | None:
-    """Host and process id of the driver that signed the lock."""
-    words = os.pread(descriptor, 4096, 0).decode(errors="replace").split()
-    return (words[0], int(words[1])) if len(words) == 2 and words[1].isdigit() else None
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -309,7 +309,7 @@ def adopt(directory: Path, index: int, source: Sidecar, generation: int) -> Side
     if any(part_path(directory, index, older).exists() for older in range(generation)):
         path.unlink()
     else:
-        path.replace(part_path(directory, index, generation - 1))
+        path.replace(part_path(directory, index, max(generation - 1, 0)))
     return None
 
 

@@ -6,10 +6,14 @@ keys. What a run really used stands resolved in its ``chain.yaml``.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import insightv
 from hpc.config import load, unhashed
 from hpc.errors import UserError
 from insightv.assessment.judge import JudgeConfig
@@ -17,14 +21,20 @@ from insightv.assessment.scoring import ScoreConfig
 from insightv.curation import PairConfig, ReasoningSetConfig, SummarySetConfig
 from insightv.demo.sets import QuestionsConfig
 from insightv.engines import EngineConfig
+from insightv.evaluation.answering import CallConfig
+from insightv.evaluation.results import LADDER
 from insightv.generation import GenerationConfig
-from insightv.prompting import load_prompts
+from insightv.prompting import FOLDER, load_prompts
 from insightv.training.config import DPOConfig, ReferenceConfig, SFTConfig
 
 SETS = ("charts", "reading", "shapes")
 SPLITS = ("validation", "test")
 EMBEDDED = "tiny"
 """Names the model that is shipped with the package."""
+NONE = "none"
+"""Names no model."""
+
+_BLOCK, _BLOCKS = 1 << 16, 64
 
 
 @dataclass
@@ -67,21 +77,25 @@ class ModelConfig:
         prompts: The set of prompts: ``default`` for instruction-following models, ``tiny`` for
             the embedded one, or a folder of one's own. Empty: ``tiny`` for the embedded model
             and what was trained from it, ``default`` otherwise.
+        digest: Filled in when a run starts; a stage is known by it, wherever the folder lies.
     """
 
-    path: str = ""
+    path: str = unhashed("")
     prompts: str = ""
+    digest: str = ""
 
 
 @dataclass
 class ModelsConfig:
-    """Who does what. In the paper a larger model generates; here, unless told otherwise, one
-    model does everything, which is self-improvement.
+    """Who does what.
+
+    In the paper a larger model generates (distillation); here, unless told otherwise, one model
+    does everything (self-improvement).
 
     Attributes:
         base: What both agents are trained from.
         generator: Writes the paths of round 0, step by step.
-        judge: Decides answers that the rules leave undecided.
+        judge: Decides answers that the rules leave undecided; ``path: none``: nobody does.
         scorer: Scores paths.
     """
 
@@ -155,11 +169,157 @@ class EvaluationSection:
     """The final evaluation, the only reader of the test split.
 
     Attributes:
-        entries: Names of the ladder's entries, controls among them.
-        split: ``test``, or ``validation`` while anything is still being tuned.
-        rules: Tolerances under which answers count as right.
+        entries: Names of the ladder's entries, controls among them; only what they need is
+            trained. `insightv.chain.ENTRIES` says what each is made of.
+        split: ``test``; ``validation`` while anything is still being tuned.
+        reasoning: Sampling of the reasoning agent's turn.
+        answer: Sampling of the final answer.
+        voter: For ``majority``: how each vote is made.
+        votes: For ``majority``: most votes; as many count as fit the tokens of ``multi_agent``.
+        voting_model: For ``majority``: which trained model (or ``base``) votes.
         resamples_seed: Of the bootstrap behind the intervals.
     """
 
-    entries: list[str] = field(default_factory=lambda: list(LADDER))
+    entries: list[str] = field(default_factory=lambda: [*LADDER, "judge_card"])
     split: str = "test"
+    reasoning: CallConfig = field(default_factory=lambda: CallConfig(max_tokens=4096))
+    answer: CallConfig = field(default_factory=lambda: CallConfig(max_tokens=256))
+    voter: str = "direct_sft"
+    votes: int = 16
+    voting_model: str = "direct"
+    resamples_seed: int = 0
+
+    def validate(self) -> None:
+        """Checks the split; `insightv.chain.assemble` checks the entries.
+
+        Raises:
+            UserError: There is no such split to evaluate on.
+        """
+        if self.split not in SPLITS:
+            raise UserError(f"evaluation.split is {self.split!r}: use {' or '.join(SPLITS)}")
+
+
+@dataclass
+class LocalConfig:
+    """How this machine is used; nothing here shapes a result.
+
+    Attributes:
+        slots: Worker processes at once; 0: one a core.
+        workers: Processes that pull shards of one stage, and cores a training may use; 0: as
+            many as there are slots. With one GPU for all of them, one or two are best.
+    """
+
+    slots: int = unhashed(0)
+    workers: int = unhashed(0)
+
+    def validate(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            UserError: One is negative.
+        """
+        if self.slots < 0 or self.workers < 0:
+            raise UserError("local.slots and local.workers: give 0 (all cores) or more")
+
+
+@dataclass
+class ChainConfig:
+    """Everything a chain can be told.
+
+    Attributes:
+        seed: Draws questions, paths, sets and shuffles; other seeds make other runs.
+        error_limit: Largest share of a stage's questions that may fail (a broken picture, a
+            path without a readable step) before the run stops.
+    """
+
+    seed: int = 0
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    questions: QuestionsSection = field(default_factory=QuestionsSection)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    reasoning_set: ReasoningSetConfig = field(default_factory=ReasoningSetConfig)
+    summary_set: SummarySetConfig = field(default_factory=SummarySetConfig)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    error_limit: float = unhashed(0.02)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
+    """Reads and checks a chain file, and resolves what depends on this machine.
+
+    Raises:
+        UserError: An unknown key, an impossible value, a folder that is no model.
+    """
+    config = load(ChainConfig, path, overrides)
+    for section in _sections(config):
+        section.validate()
+    if not 0 <= config.error_limit <= 1:
+        raise UserError(f"error_limit is {config.error_limit}: give a share from 0 to 1")
+    base = config.models.base
+    if base.path in ("", NONE):
+        raise UserError("models.base.path: give a model folder, or tiny")
+    for role in ("base", "generator", "judge", "scorer"):
+        _resolve(role, getattr(config.models, role), base)
+    return config
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a configured model."""
+    return Path(insightv.__file__).parent / "demo" / "model" if path == EMBEDDED else Path(path)
+
+
+def _sections(config: ChainConfig) -> Iterator[Any]:
+    """Every section that can check itself."""
+    training, rounds = config.training, config.rounds
+    for owner in (config, training, rounds):
+        for entry in dataclasses.fields(owner):
+            section = getattr(owner, entry.name)
+            if hasattr(section, "validate"):
+                yield section
+
+
+def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:
+    """Makes a model's paths absolute and notes what the folder holds."""
+    if model.path == NONE:
+        if role != "judge":
+            raise UserError(f"models.{role}.path: only the judge can be none")
+        return
+    if not model.path:
+        model.path, model.prompts = base.path, model.prompts or base.prompts
+    if not model.prompts:
+        model.prompts = EMBEDDED if model.path == EMBEDDED else "default"
+    if model.path != EMBEDDED:
+        model.path = str(Path(model.path).expanduser().absolute())
+    load_prompts(model.prompts)
+    if Path(model.prompts).is_dir() and not (FOLDER / model.prompts).is_dir():
+        model.prompts = str(Path(model.prompts).absolute())
+    try:
+        model.digest = _fingerprint(model_folder(model.path))
+    except UserError as error:
+        raise UserError(f"models.{role}.path: {error}") from None
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells models apart without reading gigabytes: sizes and samples of their weights.
+
+    Raises:
+        UserError: The folder is no model in Hugging Face format.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; give a model in Hugging Face format, or tiny")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
+    summed = hashlib.sha256()
+    for path in [folder / "config.json", *weights]:
+        size = path.stat().st_size
+        summed.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(place)
+                summed.update(file.read(_BLOCK))
+    return summed.hexdigest()[:16]

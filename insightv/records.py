@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self
@@ -116,6 +116,23 @@ class ReasoningPath(Record):
     model: str
     prompt: str
     seed: int
+
+
+@dataclass(frozen=True)
+class FailedPath(Record):
+    """A path that came to nothing; it stands among the paths of its question (see ``paths``).
+
+    Attributes:
+        key: The key the path would have had.
+        question: Key of the question.
+        reason: Why it failed.
+        text: What the model wrote last, its beginning.
+    """
+
+    key: str
+    question: str
+    reason: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,6 +286,16 @@ class Prediction(Record):
     rule: str
     tokens: int
     models: tuple[str, ...]
+
+
+def paths(rows: Iterable[Mapping[str, Any]]) -> list[ReasoningPath]:
+    """The paths among the rows of a generation stage, which holds failed ones too."""
+    return [ReasoningPath.from_json(row) for row in rows if "steps" in row]
+
+
+def failed_paths(rows: Iterable[Mapping[str, Any]]) -> list[FailedPath]:
+    """The failed paths among the rows of a generation stage."""
+    return [FailedPath.from_json(row) for row in rows if "steps" not in row]
 
 
 def seed_for(run_seed: int, *parts: str | int) -> int:

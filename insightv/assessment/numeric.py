@@ -12,6 +12,13 @@ from insightv.records import Question
 
 LATEX_SECONDS = 3
 """Time math-verify has for each of its steps."""
+_SIGN = re.compile(r"=|≈|→|\b(?:therefore|thus|hence|so|equals)\b", re.I)
+_VERB = re.compile(r"\s*(?:is|are|was|were)\b", re.I)
+_COPULA = re.compile(
+    r"(?:\b(?:is|are|was|were)|\b(?:total|sum|difference|result|value|count|ratio)\b\W{0,4})"
+    r"\s*(?:about|only|exactly|just|around)?\s*$",
+    re.I,
+)
 
 
 def number(question: Question, text: str, config: RuleConfig) -> Decision:
@@ -52,32 +59,31 @@ def _concluded(
     from the question may single out a right answer among others, never a wrong one.
     """
     usable = [i for i, q in enumerate(found) if not q.bound and not q.negated]
-    if len(usable) <= 1:
-        return usable
-    markers = re.finditer(r"=|≈|→|\b(?:therefore|thus|hence|so|equals)\b", text, re.I)
-    for marker in reversed(list(markers)):
-        after = [i for i in usable if found[i].start >= marker.end()]
-        if after:
-            usable = after
-            break
+    usable = _after_sign(text, found, usable)
     asked = {q.value for q in quantities(tidy(question.text))}
     fresh = [i for i in usable if found[i].value not in asked]
-    if len({found[i].value for i in usable}) > 1 and fresh and len(fresh) < len(usable):
-        # A number of the question is repeated: "in 2010 it is 12".
-        if not any(verdicts[i] is not False for i in usable if i not in fresh):
-            usable = fresh
-    if len({found[i].value for i in usable}) > 1:
-        copula = (
-            r"(?:\b(?:is|are|was|were)|\b(?:total|sum|difference|result|value|count|ratio)\b\W{0,4})"
-            r"\s*(?:about|only|exactly|just|around)?\s*$"
-        )
-        told = [i for i in usable if re.search(copula, _before(text, found[i]), re.I)]
-        verb = re.compile(r"\s*(?:is|are|was|were)\b", re.I)
-        leads = any(verb.match(text, found[i].end) for i in usable if i + 1 not in told)
-        if len(told) == 1 and not leads and not _continued(text, found, told[0]):
-            others = (verdicts[i] for i in usable if found[i].value != found[told[0]].value)
-            if verdicts[told[0]] or not any(verdict is not False for verdict in others):
-                usable = told
+    repeated = [i for i in usable if i not in fresh]
+    if fresh and all(verdicts[i] is False for i in repeated):
+        usable = fresh  # "in 2010 it is 12"
+    if len({found[i].value for i in usable}) < 2:
+        return usable
+    told = [i for i in usable if _COPULA.search(_before(text, found[i]))]
+    leads = any(_VERB.match(text, found[i].end) for i in usable if i + 1 not in told)
+    if len(told) != 1 or leads or _continued(text, found, told[0]):
+        return usable
+    others = [i for i in usable if found[i].value != found[told[0]].value]
+    if verdicts[told[0]] or all(verdicts[i] is False for i in others):
+        return told
+    return usable
+
+
+def _after_sign(text: str, found: Sequence[Quantity], usable: list[int]) -> list[int]:
+    """What follows the last sign or word of conclusion, if it is one number."""
+    for marker in reversed(list(_SIGN.finditer(text))):
+        after = [i for i in usable if found[i].start >= marker.end()]
+        if after:
+            # "12 = 5 + 7" concludes with either side.
+            return after if len({found[i].value for i in after}) == 1 else usable
     return usable
 
 

@@ -20,7 +20,6 @@ from insightv.assessment.decision import (
 from insightv.assessment.quantities import quantities, tidy
 from insightv.records import Question
 
-
 _POINTERS = FILLER | {"first", "second", "third", "last", "left", "right", "both", "all", "two"}
 
 

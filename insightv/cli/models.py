@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from insightv.cli.runs import RunArgument, opened, report
+from hpc.errors import UserError
+from insightv.cli.runs import RunArgument, opened
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_REQUEUE = 75
+
+
+def report(directory: RunArgument) -> None:
+    """Write the page of a run from what it has so far."""
+    from insightv.report import write_report
+
+    print(write_report(opened(directory).run.path))
 
 
 def why(

@@ -31,7 +31,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from transformers import AttentionInterface, LlavaForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from insightv.demo import tiny
 from insightv.demo.charts import LARGEST, SIZE, Chart, draw, make_chart, mark_of_patch
@@ -62,6 +66,7 @@ class Options:
         seed: Seed of weights and charts.
         compiled: Compile the layers (needs a C++ compiler); twice as fast.
         start: Folder of a model to go on from; none for a fresh one.
+        seeing: Share of the time in which only the picture tokens are trained.
     """
 
     out: Path = FOLDER
@@ -71,6 +76,7 @@ class Options:
     seed: int = 0
     compiled: bool = True
     start: Path | None = None
+    seeing: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -388,16 +394,14 @@ class Learner:
         return label + value, {"label": label.item(), "value": value.item()}
 
 
-def lesson_kind(done: float, rng: random.Random) -> str:
-    """What to teach when a share ``done`` of the time has passed.
+def lesson_kind(spoken: float, rng: random.Random) -> str:
+    """What to teach when a share ``spoken`` of the time with text has passed.
 
-    First to see, then to speak, to retrieve by label, and at last to judge.
+    First to speak, then to retrieve by label, and at last to judge.
     """
-    if done < 0.25:
-        return "seeing"
-    if done < 0.42:
+    if spoken < 0.2:
         return "mixed"
-    if done < 0.55:
+    if spoken < 0.38:
         return rng.choices(("mixed", "retrieval"), (4, 6))[0]
     return rng.choices(("mixed", "retrieval", "scoring"), (40, 25, 35))[0]
 
@@ -409,7 +413,10 @@ def train(rank: int, options: Options, meeting: str) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.processes
         )
-    tokenizer = tiny.build_tokenizer(build_vocabulary())
+    if options.start is None:
+        tokenizer = tiny.build_tokenizer(build_vocabulary())
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start)
     teacher = Teacher(tokenizer, options.seed * 1000 + rank)
     schedule = random.Random(options.seed)  # the same kinds of lessons on every rank
     learner = Learner(options, tokenizer)
@@ -427,7 +434,8 @@ def train(rank: int, options: Options, meeting: str) -> None:
         optimizer.zero_grad()
     clock = Clock(options, rank)
     while (done := clock.done()) < 1:
-        if done > 0.82 and not teacher.sampled:
+        spoken = (done - options.seeing) / (1 - options.seeing)
+        if spoken > 0.78 and not teacher.sampled:
             learner.writing()
             teacher.sampled = sample_own_paths(learner.model, tokenizer, teacher.rng, random_chart)
             learner.learning()
@@ -435,8 +443,8 @@ def train(rank: int, options: Options, meeting: str) -> None:
         rate = options.rate * min(1, done / 0.03) * (0.485 * (1 + math.cos(math.pi * done)) + 0.03)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        kind = lesson_kind(done, schedule)
-        loss, parts = learner.loss(teacher.batch(kind), teacher, 1.0 if done < 0.55 else 0.3)
+        kind = "seeing" if spoken < 0 else lesson_kind(spoken, schedule)
+        loss, parts = learner.loss(teacher.batch(kind), teacher, 1.0 if spoken < 0.4 else 0.3)
         loss.backward()
         average_gradients(parameters, options.processes)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -533,6 +541,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=defaults.rate)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--start", type=Path, default=None)
+    parser.add_argument("--seeing", type=float, default=defaults.seeing)
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
     options = Options(**vars(parser.parse_args()))
     # Keep freed memory: mapping it anew for every step costs a tenth of the time.

@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from insightv.engines.base import Completion, Engine, Request, Sampling
-from insightv.engines.config import EngineConfig
+from insightv.engines.config import EngineConfig, SamplingConfig
 from insightv.pictures import Pictures
 
-__all__ = ["Completion", "Engine", "EngineConfig", "Request", "Sampling", "load_engine"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "Request",
+    "Sampling",
+    "SamplingConfig",
+    "load_engine",
+]
 
 
 def load_engine(model: str | Path, config: EngineConfig, pictures: Pictures) -> Engine:

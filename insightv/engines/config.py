@@ -1,4 +1,4 @@
-"""How a model is run."""
+"""How a model is run, and how tokens are drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,49 @@ from dataclasses import dataclass
 
 from hpc.config import unhashed
 from hpc.errors import UserError
+from insightv.engines.base import Sampling
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are drawn, as a section of a configuration (see ``Sampling``).
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: Nucleus; 1 is off.
+        repetition_penalty: 1 is off.
+        max_tokens: Most tokens of one call.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    max_tokens: int = 1024
+
+    def sampling(self) -> Sampling:
+        """As an engine takes it."""
+        return Sampling(self.temperature, self.top_p, self.repetition_penalty, self.max_tokens)
+
+    def validate(self, name: str) -> None:
+        """Checks the values; ``name`` is the section's, for the message.
+
+        Raises:
+            UserError: One of them is not possible.
+        """
+        for field, value, allowed, fine in (
+            ("temperature", self.temperature, "0 or more", self.temperature >= 0),
+            ("top_p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                "above 0",
+                self.repetition_penalty > 0,
+            ),
+            ("max_tokens", self.max_tokens, "1 or more", self.max_tokens >= 1),
+        ):
+            if not fine:
+                raise UserError(f"{name}.{field} is {value}: use {allowed}")
+
 
 KINDS = ("transformers",)
 

@@ -191,12 +191,10 @@ class _Training:
                 line = self._step(position, steps, examples, dropped)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                self.context.progress(
-                    position.step,
-                    steps,
-                    loss=line["loss"],
-                    rate=line["samples"] / max(line["seconds"], 1e-9),
-                )
+                numbers = {"rate": line["samples"] / max(line["seconds"], 1e-9)}
+                if line["loss"] is not None:
+                    numbers["loss"] = line["loss"]
+                self.context.progress(position.step, steps, **numbers)
                 if position.step < steps and self._save_due(position.step, saved):
                     self.checkpoints.save(position, self.backend.save)
                     saved = time.monotonic()

@@ -63,6 +63,7 @@ NUMBERS = [
     ("12", "Norway", W),
     ("12", "12\n\nExplanation: 5 plus 7.", R),
     ("12", "12, the bar is 5 high", U),
+    ("12", "12 = 5 + 7", U),
     ("12", "The sum of 5 and 7 is 12.", R),
     ("12", "8. No, 12.", U),
     ("12", "12 or 13", U),

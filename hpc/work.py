@@ -1,0 +1,68 @@
+"""The payload of a stage: what ``PROGRAM work RUN STAGE`` does.
+
+Exit statuses: 0 the stage (or, for a job, the job) is done · 1 the payload failed, its
+traceback is in the log · 75 the time limit is near, queue me again · 77 the run was
+cancelled · 130, 143 asked to leave by SIGINT, SIGTERM: never to be queued again by itself.
+A `UserError` passes through; the program shows its one line and exits with 2. Whatever the
+status, finished work is saved and leases are free.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import traceback
+
+from hpc.context import RunContext, Signals
+from hpc.disk import write_atomic
+from hpc.errors import UserError
+from hpc.mapping import Pace, Worker
+from hpc.rundir import Chain
+from hpc.stages import Stage
+
+
+def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
+    """Does a stage's work in this process.
+
+    Args:
+        chain: The chain.
+        stage_name: One of its stages.
+        pace: When a worker of a map stage beats, waits and gives up.
+
+    Returns:
+        The exit status, as above.
+
+    Raises:
+        UserError: There is no such stage, or its payload says what the user can mend.
+    """
+    stage = chain.stages.get(stage_name)
+    if stage is None:
+        near = difflib.get_close_matches(stage_name, chain.stages, 1, 0.0)
+        raise UserError(f"no stage {stage_name!r}; did you mean {(near or ['nothing'])[0]}?")
+    with Signals(chain).caught() as signals:
+        try:
+            context = RunContext(chain, stage, signals)
+            if stage.kind == "map":
+                return Worker(chain, stage, context, signals, pace or Pace()).run()
+            return _run_job(chain, stage, context, signals)
+        except UserError:
+            raise
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            return 1
+
+
+def _run_job(chain: Chain, stage: Stage, context: RunContext, signals: Signals) -> int:
+    """Runs a job once; its counts, written at the end, tell the gate that it is done."""
+    assert stage.run is not None
+    path = chain.run.counts(stage.name)
+    path.unlink(missing_ok=True)
+    if (asked := signals.status()) is not None:
+        return asked
+    counts = stage.run(context)
+    # A payload that was asked to leave and did returns no counts.
+    if counts is None and (asked := signals.status()) is not None:
+        return asked
+    write_atomic(path, json.dumps(counts or {}, indent=1) + "\n")
+    return 0

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent))
+import counting  # noqa: E402
+
+from hpc.driver import Stopped  # noqa: E402
+from hpc.errors import UserError  # noqa: E402
+from hpc.progress import Bars  # noqa: E402
+from hpc.retention import clean, size  # noqa: E402
+from hpc.rundir import STOPPED, Chain, RunDir  # noqa: E402
+from hpc.shards import read_rows  # noqa: E402
+from hpc.status import Advance, advance, board, duration, status  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    run = tmp_path_factory.mktemp("complete")
+    return counting.run(run, ["preload=true", "fail_every=10", "error_limit=0.1"])
+
+
+def shown(value: object, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(value)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_complete_run(complete: Chain) -> None:
+    found = status(complete)
+    json.dumps(found)
+    assert found["state"] == "complete" and found["reason"] == ""
+    double = next(entry for entry in found["stages"] if entry["name"] == "double")
+    assert double["state"] == "complete" and double["kind"] == "map"
+    assert double["shards"] == {"done": 10, "total": 10}
+    assert (double["inputs"]["done"], double["rows"], double["errors"]) == (40, 36, 4)
+    assert double["seconds"] > 0 and double["rate"] == pytest.approx(40 / double["seconds"])
+    text = shown(board(found))
+    assert "double" in text and "complete" in text and "36" in text
+
+
+def test_a_run_that_never_began(tmp_path: Path) -> None:
+    found = status(counting.open_chain(tmp_path))
+    assert found["state"] == "incomplete"
+    assert {entry["state"] for entry in found["stages"]} == {"waiting"}
+    assert "waiting" in shown(board(found))
+
+
+def test_a_stopped_run_says_why(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        counting.run(tmp_path, ["fault=square:crash", "retries=0"])
+    found = status(counting.open_chain(tmp_path))
+    assert found["state"] == "stopped" and "out of luck" in found["reason"]
+    states = {entry["name"]: entry["state"] for entry in found["stages"]}
+    assert states["numbers"] == "complete" and states["square"] == "incomplete"
+    assert states["total"] == "waiting"
+    assert "out of luck" in shown(board(found), 200)
+
+
+def test_reasons_are_no_markup(complete: Chain) -> None:
+    found = status(complete) | {"reason": "[bold]not bold[/bold] [/]"}
+    assert "[bold]not bold" in shown(board(found))
+
+
+def test_a_stage_without_its_parent_is_outdated(tmp_path: Path) -> None:
+    chain = counting.run(tmp_path, ["preload=true"])
+    chain.run.manifest("double").unlink()
+    states = {entry["name"]: entry["state"] for entry in status(chain)["stages"]}
+    assert states["double"] == "incomplete" and states["square"] == "complete"
+    assert states["total"] == states["triple"] == "outdated"
+    assert advance(chain, "double") == Advance(40, 40, 10, 10, 0, {})
+
+
+def test_clean_deletes_what_can_be_missed(tmp_path: Path) -> None:
+    chain = counting.run(tmp_path, ["preload=true"])
+    part = chain.run.shards("double") / "00003.0.part"
+    part.write_bytes(b"x" * 1000)
+    checkpoints = chain.run.stage_dir("total") / "checkpoints" / "step-1"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "weights").write_bytes(b"x" * 5000)
+    listed = clean(chain)
+    assert part.exists() and checkpoints.exists()
+    found = {(item.stage, item.what): item.bytes for item in listed}
+    assert found["double", "parts"] == 1000 and found["total", "checkpoints"] == 5000
+    assert not any(what in ("shards", "logs") for _, what in found)
+    before = size(tmp_path)
+    assert clean(chain, plan=False) == listed
+    assert before - size(tmp_path) == sum(item.bytes for item in listed)
+    assert status(chain)["state"] == "complete" and clean(chain) == []
+    assert any(chain.run.logs("double").iterdir())
+    clean(chain, plan=False, logs=True)
+    assert not chain.run.logs("double").exists()
+    assert len(list(read_rows(chain.run.shards("double")))) == 40
+    jobs = chain.run.read_jobs()
+    counting.run(tmp_path)
+    assert chain.run.read_jobs() == jobs  # nothing was made again
+    clean(chain, plan=False, data=True)
+    assert not chain.run.shards("double").exists()
+
+
+def test_clean_keeps_what_an_unfinished_stage_resumes_from(tmp_path: Path) -> None:
+    chain = counting.run(tmp_path, ["preload=true"])
+    chain.run.manifest("double").unlink()
+    part = chain.run.shards("double") / "00003.0.part"
+    part.write_bytes(b"x")
+    assert not any(item.stage == "double" for item in clean(chain, plan=False))
+    assert part.exists()
+    with chain.run.lock(), pytest.raises(UserError, match="at work"):
+        clean(chain, plan=False)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.44, "0.4 s"), (59.99, "60.0 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars(tmp_path: Path, terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
+    with Bars(console) as bars:
+        words = ["preload=true", "pause=0.1", "fault=square:crash", "retries=1"]
+        with pytest.raises(Stopped):
+            counting.run(tmp_path, words, observer=bars)
+    text = out.getvalue()
+    assert "✓ numbers" in text and "40 rows" in text
+    assert "↻ square" in text and "out of luck" in text and "✗ square" in text
+    if terminal:
+        assert "/40" in text  # a bar with its count
+    else:
+        assert "\x1b" not in text and "double: started" in text
+    assert RunDir(tmp_path).marked(STOPPED)
