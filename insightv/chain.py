@@ -139,18 +139,23 @@ class _Stages:
         inputs = {"questions": "questions-train"}
         if generate in self.stages:
             return
+        answerer = self._answerer() if number else None
+        judging = config.rounds.answer_from == "summary"
+        shape = {
+            "seed": config.seed,
+            "round": number,
+            "sampling": shaping(sampling),
+            "sets": list(config.questions.reasoned),
+            "by": source.shape,
+        }
+        if answerer is not None:
+            shape |= {"answers by": answerer.shape, "judging": judging}
         self._map(
             generate,
             inputs=inputs,
-            after=source.after,
-            config={
-                "seed": config.seed,
-                "round": number,
-                "sampling": shaping(sampling),
-                "sets": list(config.questions.reasoned),
-                "by": source.shape,
-            },
-            load=payloads.generate(config, source, sampling, number),
+            after=_stages(source, answerer),
+            config=shape,
+            load=payloads.generate(config, source, sampling, number, answerer, judging),
         )
         inputs = inputs | {"paths": generate}
         self._map(
@@ -165,6 +170,13 @@ class _Stages:
             config={"seed": config.seed, "score": shaping(config.score), "by": self.scorer.shape},
             load=payloads.score(config, self.scorer),
         )
+
+    def _answerer(self) -> Source | None:
+        """Who draws the answers of a trained agent's paths, if it does not itself."""
+        who = self.config.rounds.answer_from
+        if who == "summary":
+            return self._fine_tuned("summary")
+        return self.base if who == "extractor" else None
 
     def _referee(self) -> dict[str, str]:
         """What verdicts depend on beside rules; the judge speaks no prompts without a model."""
@@ -324,7 +336,7 @@ class _Stages:
         self._training(
             stage,
             inputs={"pairs": f"{prefix}-reference"},
-            after=tuple(dict.fromkeys((*policy.after, *tied.after))),
+            after=_stages(policy, tied),
             config={
                 "seed": config.seed,
                 "training": shaping(rounds.dpo),
@@ -363,15 +375,14 @@ class _Stages:
         entry.validate()
         first = self._model(reasoner) if reasoner else None
         last = self._model(summariser) if summariser else None
-        sources = [source for source in (first, last) if source is not None]
         return self._map(
             stage,
             inputs=inputs,
-            after=tuple(dict.fromkeys(stage for source in sources for stage in source.after)),
+            after=_stages(first, last),
             config={
                 "seed": config.seed,
                 "entry": shaping(entry),
-                "by": [source.shape for source in sources],
+                "by": [source.shape for source in (first, last) if source is not None],
                 "judge": shaping(config.judge),
                 "judged by": self._referee(),
             },
@@ -390,6 +401,11 @@ class _Stages:
         self._job(
             "report", after=("results",), run=payloads.report(), outputs=("report/index.html",)
         )
+
+
+def _stages(*sources: Source | None) -> tuple[str, ...]:
+    """The stages that make these models, each once."""
+    return tuple(dict.fromkeys(stage for source in sources if source for stage in source.after))
 
 
 def _configured(model: ModelConfig) -> Source:

@@ -133,6 +133,10 @@ class RoundsConfig:
     Attributes:
         count: Rounds; each samples fresh paths from the model of the round before. Paper: 3.
         generation: How the agent's paths are sampled: all steps in one call.
+        answer_from: Who draws a path's answer from its steps. ``extractor``: the base, which
+            only says what follows from them, so that a verdict speaks of the steps; ``path``: the
+            agent itself in a further turn, which it was not trained for; ``summary``: the
+            summary agent, which may also correct them.
         pairs: Which paths become winner and loser.
         dpo: The training of each round.
         reference: Whose log-probabilities tie the policy: ``previous`` (the model of the round
@@ -146,6 +150,7 @@ class RoundsConfig:
 
     count: int = 3
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(mode="single"))
+    answer_from: str = "extractor"
     pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     reference: str = "previous"
@@ -160,6 +165,10 @@ class RoundsConfig:
         """
         if self.reference not in ("previous", "sft"):
             raise UserError(f"rounds.reference is {self.reference!r}: use previous or sft")
+        if self.answer_from not in ("path", "extractor", "summary"):
+            raise UserError(
+                f"rounds.answer_from is {self.answer_from!r}: use path, extractor or summary"
+            )
         if self.count < 0 or self.single_paths < 0:
             raise UserError("rounds.count and rounds.single_paths: give 0 or more")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpc.errors import UserError
 from hpc.rundir import RunDir
@@ -129,6 +129,41 @@ class _Only:
 
     async def close(self) -> None:
         await self.mapper.close()
+
+
+def generate(
+    config: ChainConfig,
+    source: Source,
+    sampling: GenerationConfig,
+    number: int,
+    answerer: Source | None = None,
+    judging: bool = False,
+) -> Load:
+    """Questions → paths of one round.
+
+    Args:
+        config: The chain's.
+        source: The model that reasons.
+        sampling: How paths are sampled.
+        number: Of the round, from 0.
+        answerer: Who draws the answers from the steps, if it is not the same model.
+        judging: Whether the answerer is a summary agent: it judges the steps, where others
+            answer what follows from them.
+    """
+
+    def load(context: Context) -> Mapper:
+        from insightv.agents import FinalAgent, SummaryAgent
+        from insightv.generation import Generate
+
+        engine, agent = source.engine(config, context.run), None
+        if answerer is not None:
+            other = answerer.engine(config, context.run)
+            drawn = sampling.answer.sampling()
+            agent = (SummaryAgent if judging else FinalAgent)(other, answerer.texts, drawn)
+        mapper = Generate(sampling, engine, source.texts, config.seed, number, agent)
+        return _Only(mapper, config.questions.reasoned)
+
+    return load
 
 
 def score(config: ChainConfig, source: Source) -> Load:

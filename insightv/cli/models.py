@@ -1,21 +1,21 @@
-"""Commands that look into a run, and single trainings and evaluations."""
+"""Commands that use what a run has made: its records, its models, its page."""
 
 from __future__ import annotations
 
-import signal
+import asyncio
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpc.errors import UserError
-from insightv.cli.runs import RunArgument, opened
+from hpc.errors import RecordError, UserError
+from insightv.cli.runs import PRELOAD, RunArgument, opened
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
-_REQUEUE = 75
+    from hpc.rundir import Chain, RunDir
+    from insightv.config import ChainConfig
 
 
 def report(directory: RunArgument) -> None:
@@ -36,3 +36,141 @@ def why(
 
     chain = opened(directory)
     Console(highlight=False).print(lineage(chain.run, chain.stages, key))
+
+
+def ask(
+    directory: RunArgument,
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A PNG, JPEG or WebP file.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the picture.")],
+) -> None:
+    """Ask both agents; shows the steps, the answer, and the answer without them."""
+    from insightv.pictures import Pictures, PictureWriter, decode
+    from insightv.records import Question
+
+    chain = opened(directory)
+    reasoning, summary = _agents(chain.run)
+    try:
+        data = picture.read_bytes()
+        decode(data, str(picture))
+    except OSError as error:
+        raise UserError(f"{picture}: {error.strerror}; give a picture file") from None
+    except RecordError as error:
+        raise UserError(f"{error}; give a PNG, JPEG or WebP file") from None
+    with tempfile.TemporaryDirectory() as folder:
+        with PictureWriter(Path(folder)) as writer:
+            name = writer.add(data)
+        asked = Question("asked:here:0", question, (name,), "", "text")
+        try:
+            asyncio.run(
+                _ask(_config(chain.run), reasoning, summary, asked, Pictures([Path(folder)]))
+            )
+        except RecordError as error:
+            raise UserError(f"{picture}: {error}") from None
+
+
+async def _ask(
+    config: ChainConfig, reasoning: Path, summary: Path, question: Any, pictures: Any
+) -> None:
+    from insightv.engines import load_engine
+    from insightv.evaluation.answering import EntryConfig
+    from insightv.evaluation.asking import ask_and_print
+    from insightv.prompting import load_prompts
+
+    asked = config.evaluation
+    entry = EntryConfig(
+        "ask", "multi_agent", str(reasoning), str(summary), asked.reasoning, asked.answer
+    )
+    engines = [load_engine(folder, config.engine, pictures) for folder in (reasoning, summary)]
+    try:
+        prompts = load_prompts(config.models.base.prompts)
+        await ask_and_print(*engines, prompts, question, entry, seed=config.seed)
+    finally:
+        for engine in engines:
+            await engine.close()
+
+
+def _agents(run: RunDir) -> tuple[Path, Path]:
+    """The reasoning agent of the last round there is, and the summary agent.
+
+    Raises:
+        UserError: The run has not trained them yet.
+    """
+    rounds = sorted(run.models.glob("reasoning-r*"), key=lambda path: int(path.name[11:] or 0))
+    found = [path for path in [run.models / "reasoning", *rounds] if path.is_dir()]
+    summary = run.models / "summary"
+    if not found or not summary.is_dir():
+        raise UserError(
+            f"{run.path}: both agents are not trained yet; `insightv status` tells more"
+        )
+    return found[-1], summary
+
+
+def _config(run: RunDir) -> ChainConfig:
+    from hpc.config import load
+    from insightv.config import ChainConfig
+
+    return load(ChainConfig, run.chain_file)
+
+
+def evaluate(
+    directory: RunArgument,
+    entries: Annotated[list[str], typer.Argument(metavar="ENTRY...", help="base, multi_agent, …")],
+    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+) -> None:
+    """Evaluate entries of the ladder with a run's models, on either held-out split."""
+    from rich.console import Console
+
+    from hpc.driver import drive
+    from hpc.executors.local import LocalExecutor
+    from hpc.progress import Bars
+    from insightv.evaluation.results import collect, results_table
+
+    run = opened(directory).run
+    config = _config(run)
+    config.evaluation = replace(config.evaluation, entries=entries, split=split)
+    config.evaluation.validate()
+    chain = _evaluation(config, run)
+    with Bars() as bars:
+        executor = LocalExecutor(preload=PRELOAD)
+        drive(chain, executor, bars, slots=config.local.slots or None, remake=True)
+    Console().print(results_table(collect(chain.run.path, config.evaluation.resamples_seed)))
+
+
+def _evaluation(config: ChainConfig, run: RunDir) -> Chain:
+    """The evaluation stages alone, in a run directory of their own within the run.
+
+    They use the run's models as they are now; a retrained model makes their predictions again.
+
+    Raises:
+        UserError: The run lacks a model that is needed.
+    """
+    from hpc.config import dump
+    from hpc.disk import make_folder, write_atomic
+    from hpc.rundir import Chain, RunDir
+    from insightv.chain import assemble
+
+    place = RunDir(run.path / "evaluations" / config.evaluation.split)
+    whole = assemble(config, place)
+    stages = []
+    for name, stage in whole.stages.items():
+        if name == f"questions-{config.evaluation.split}":
+            stages.append(stage)
+        elif name.startswith("eval-"):
+            made = {maker: (run.read_manifest(maker) or {}).get("made") for maker in stage.after}
+            if None in made.values():
+                maker = next(maker for maker in made if made[maker] is None)
+                raise UserError(f"{run.path}: {name} needs stage {maker}, which is not complete")
+            stages.append(replace(stage, after=(), config={**stage.config, "made": made}))
+    make_folder(place.path)
+    link = place.path / "models"
+    if not link.is_symlink():
+        link.symlink_to(Path("..") / ".." / "models")
+    write_atomic(place.chain_file, dump(config))
+    return Chain(stages, place, whole.command, whole.packages)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the commands."""
+    for name, command in (("ask", ask), ("why", why), ("report", report)):
+        app.command(name, rich_help_panel="Look")(command)
+    app.command("evaluate", rich_help_panel="Single steps")(evaluate)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
 _WATCH = 2.0  # seconds between looks
 
-# Imported once by the process that workers are forked from: torch takes seconds to load.
-_PRELOAD = ("insightv.chain", "insightv.engines.transformers", "insightv.training.trainer")
+PRELOAD = ("insightv.chain", "insightv.engines.transformers", "insightv.training.trainer")
+"""Imported once by the process that workers are forked from: torch takes seconds to load."""
 
 
 def run(
@@ -71,7 +71,7 @@ def _drive(chain: Chain, config: ChainConfig, remake: bool = False) -> None:
             bars.console.print(
                 f"{chain.run.path}: {missing} of {len(standing)} stages to make", highlight=False
             )
-            executor = LocalExecutor(preload=_PRELOAD)
+            executor = LocalExecutor(preload=PRELOAD)
             drive(chain, executor, bars, slots=config.local.slots or None, remake=remake)
     _show_results(chain)
 
@@ -228,13 +228,6 @@ def clean(
         print(f"{item.bytes / 2**20:10.2f} MiB  {item.what:12} {item.path}")
     total = sum(item.bytes for item in found) / 2**20
     print(f"{total:10.2f} MiB  {'to be deleted' if plan else 'deleted'}")
-
-
-def report(directory: RunArgument) -> None:
-    """Write the page of a run from what it has so far."""
-    from insightv.report import write_report
-
-    print(write_report(opened(directory).run.path))
 
 
 def work(run_dir: Path, stage: str) -> int:

@@ -13,20 +13,26 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc import shards
 from hpc.errors import RecordError, UserError
 from hpc.stages import Row
-from insightv.agents import direct_messages, final_messages, reasoning_messages, summary_messages
+from insightv.agents import (
+    DirectAgent,
+    FinalAgent,
+    ReasoningAgent,
+    SummaryAgent,
+    reasoning_messages,
+)
 from insightv.assessment.judge import Judge
 from insightv.assessment.rules import normal, stated
 from insightv.curation.controls import parse_direct
-from insightv.engines.base import Completion, Engine, Request, Sampling
+from insightv.engines.base import Engine, Request, Sampling
 from insightv.prompting import Prompts
-from insightv.records import Message, Prediction, Question, seed_for
+from insightv.records import Prediction, Question, Step, seed_for
 from insightv.steps import parse_steps, render_steps
 
 MODES = (
@@ -181,9 +187,15 @@ class Answer:
             raise ValueError(f"entry {config.name}: an engine is missing")
         self.config, self.prompts, self.judge, self.seed = config, prompts, judge, seed
         self.donors = donors or {}
-        self._reasoning, self._summary = reasoning, summary
         self._engines = [engine for engine in (reasoning, summary) if engine is not None]
         self.concurrency = max(engine.concurrency for engine in self._engines)
+        sampling = config.answer.sampling()
+        if reasoning is not None:
+            self._direct = DirectAgent(reasoning, prompts, sampling)
+            self._reasoner = ReasoningAgent(reasoning, prompts, config.reasoning.sampling())
+            self._final = FinalAgent(reasoning, prompts, sampling)
+        if summary is not None:
+            self._summary = SummaryAgent(summary, prompts, sampling)
 
     async def __call__(self, key: str, inputs: Mapping[str, list[Row]]) -> list[Row]:
         """The predictions of one question: one, or three for the judge's card.
@@ -211,27 +223,41 @@ class Answer:
 
     async def _answer(self, mode: str, question: Question, vote: int = 0) -> Said:
         """One answer in a mode of one or two models."""
+        seed = seed_for(self.seed, "eval", self.config.name, question.key, vote)
         if mode == "direct":
-            return _said(await self._final(question, direct_messages(self.prompts, question), vote))
+            found = await self._direct.answer(question, seed=seed)
+            return Said(found.text, found.tokens)
         if mode == "summary_only":
             return await self._summarise(question, "")
-        written = await self._reason(question, vote)
         if mode == "direct_sft":
-            text, answer = parse_direct(written.text)
-            return _reasoned(text, answer, written.tokens)
-        reasoned = _reasoned(written.text, "", written.tokens)
-        if mode == "reasoning":
-            turns = final_messages(self.prompts, question, reasoned.reasoning)
-            final = await self._final(question, turns, vote)
-        else:
-            summed = await self._summarise(question, reasoned.reasoning)
-            final = Completion(summed.answer, summed.tokens, "stop")
+            return await self._answer_at_once(question, seed)
+        thought = await self._reasoner.reason(question, lambda step, attempt: seed + attempt)
+        answerer = self._final if mode == "reasoning" else self._summary
+        found = await answerer.answer(question, thought.text, seed)
         return Said(
-            final.text.strip(),
-            written.tokens + final.tokens,
-            reasoned.reasoning,
-            reasoned.conclusion,
+            found.text, thought.tokens + found.tokens, thought.text, _conclusion(thought.steps)
         )
+
+    async def _answer_at_once(self, question: Question, seed: int) -> Said:
+        """Steps and answer in one turn, asked as the reasoning agent is."""
+        request = Request(
+            reasoning_messages(self.prompts, question),
+            question.pictures,
+            self.config.reasoning.sampling(),
+            seed,
+        )
+        done = await self._reasoner.engine.complete(request)
+        text, answer = parse_direct(done.text)
+        steps = parse_steps(text).steps
+        reasoning = render_steps(steps) if steps else text
+        return Said(answer, done.tokens, reasoning, _conclusion(steps))
+
+    async def _summarise(self, question: Question, reasoning: str) -> Said:
+        """The summary agent's answer, given someone's reasoning or none."""
+        seed = seed_for(self.seed, "eval", self.config.name, question.key, reasoning)
+        found = await self._summary.answer(question, reasoning, seed)
+        steps = parse_steps(reasoning).steps
+        return Said(found.text, found.tokens, reasoning, _conclusion(steps))
 
     async def _majority(self, question: Question, other: Row | None) -> Said:
         """The most frequent answer among the votes that fit the budget; ties go to the first.
@@ -287,43 +313,6 @@ class Answer:
             models=tuple(engine.digest for engine in self._engines),
         ).to_json()
 
-    async def _reason(self, question: Question, vote: int) -> Completion:
-        return await self._call(
-            self._reasoning,
-            self.config.reasoning,
-            question,
-            reasoning_messages(self.prompts, question),
-            "reasoning",
-            vote,
-        )
-
-    async def _final(self, question: Question, turns: Iterable[Message], vote: int) -> Completion:
-        return await self._call(
-            self._reasoning, self.config.answer, question, turns, "answer", vote
-        )
-
-    async def _summarise(self, question: Question, reasoning: str) -> Said:
-        turns = summary_messages(self.prompts, question, reasoning)
-        done = await self._call(
-            self._summary, self.config.answer, question, turns, "summary", reasoning
-        )
-        return Said(done.text.strip(), done.tokens, reasoning, _conclusion(reasoning))
-
-    async def _call(
-        self,
-        engine: Engine | None,
-        config: CallConfig,
-        question: Question,
-        turns: Iterable[Message],
-        purpose: str,
-        part: str | int,
-    ) -> Completion:
-        """One call, always with the question's pictures: both agents look for themselves."""
-        assert engine is not None
-        seed = seed_for(self.seed, "eval", self.config.name, question.key, purpose, part)
-        request = Request(tuple(turns), question.pictures, config.sampling(), seed)
-        return await engine.complete(request)
-
 
 def donate(questions: Path, predictions: Path, entry: str, seed: int) -> dict[str, str]:
     """Gives every question the reasoning an entry wrote for another one of its question set.
@@ -362,17 +351,6 @@ def _only(rows: Iterable[Row], entry: str) -> Row | None:
     return next((row for row in rows if row["entry"] == entry), None)
 
 
-def _said(done: Completion) -> Said:
-    return Said(done.text.strip(), done.tokens)
-
-
-def _reasoned(text: str, answer: str, tokens: int) -> Said:
-    """Steps in canonical form, as the agents were trained on; as written if none can be read."""
-    steps = parse_steps(text).steps
-    reasoning = render_steps(steps) if steps else text.strip()
-    return Said(answer, tokens, reasoning, steps[-1].content.strip() if steps else "")
-
-
-def _conclusion(reasoning: str) -> str:
-    steps = parse_steps(reasoning).steps
+def _conclusion(steps: Sequence[Step]) -> str:
+    """What the last step says: the answer the reasoning arrives at."""
     return steps[-1].content.strip() if steps else ""

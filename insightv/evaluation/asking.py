@@ -15,8 +15,8 @@ from insightv.agents import reasoning_messages, summary_messages
 from insightv.engines.base import Engine, Request
 from insightv.evaluation.answering import EntryConfig
 from insightv.prompting import Prompts
-from insightv.records import Message, Question, Step, seed_for
-from insightv.steps import StepError, parse_step, render_steps
+from insightv.records import Question, Step, seed_for
+from insightv.steps import parse_steps, render_steps
 
 MOST_STEPS = 32
 _MOST_LINES = 16
@@ -71,7 +71,7 @@ async def ask(
     text = render_steps(steps)
     for kind, given in (("answer", text), ("unaided", "")):
         request = Request(
-            tuple(summary_messages(prompts, question, given)),
+            summary_messages(prompts, question, given),
             question.pictures,
             config.answer.sampling(),
             seed_for(seed, "ask", kind),
@@ -84,13 +84,15 @@ async def _steps(
     engine: Engine, prompts: Prompts, question: Question, config: EntryConfig, seed: int
 ) -> AsyncIterator[Heard]:
     """The reasoning agent's steps, until it is done, cut off, or writes what is no step."""
-    asked = tuple(reasoning_messages(prompts, question))
     sampling = config.reasoning.sampling()
     written, pending, spent, blank = "", "", 0, 0
     for call in range(MOST_STEPS * _MOST_LINES):
-        turns = (*asked, Message("assistant", written)) if written else asked
         request = Request(
-            turns, question.pictures, sampling, seed_for(seed, "ask", call), stop=("\n",)
+            reasoning_messages(prompts, question, written),
+            question.pictures,
+            sampling,
+            seed_for(seed, "ask", call),
+            stop=("\n",),
         )
         done = await engine.complete(request)
         spent += done.tokens
@@ -99,15 +101,15 @@ async def _steps(
         # A blank line and the end of the turn look alike; after the end comes nothing again.
         blank = 0 if done.text.strip() else blank + 1
         ended = done.finish == "length" or blank == 2 or spent >= sampling.max_tokens
-        try:
-            step = parse_step(pending)
-        except StepError:
-            # Prose before a step, or a step over several lines: it may still come.
-            if ended or pending.count("\n") >= _MOST_LINES:
-                if pending.strip():
-                    yield Heard("noise", pending.strip())
-                return
+        found = parse_steps(pending)
+        # Prose before a step, or a step over several lines: it is still to come.
+        if not ended and pending.count("\n") < _MOST_LINES and (not found.steps or found.truncated):
             continue
+        if not found.steps:
+            if pending.strip():
+                yield Heard("noise", pending.strip())
+            return
+        step = found.steps[0]
         yield Heard("step", step.content, step)
         pending = ""
         if ended or step.next_action == "summary":

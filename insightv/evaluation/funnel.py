@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc import shards
 from hpc.rundir import RunDir
 from hpc.stages import Row
+from insightv.assessment.scoring import RETEST
 from insightv.evaluation.statistics import agreement, auc
 
 OUTCOMES = ("right", "wrong", "undecided")
 BINS = 20
-_ROUND = re.compile(r"r(\d+)-generate")
-_PATH_KEY = re.compile(r"/r(\d+)/p\d+$")
+_ROUND = re.compile(r"r(\d+)-")
+CONTROL = "dpo"
+"""Prefix of the stages of the one-round control."""
+_PATH_KEY = re.compile(r"/(r\d+)/p\d+$")
 _REASONS = 8
 _POINTS = 400
 
@@ -43,17 +46,26 @@ def stage_names(run: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
 
 
-def rounds(run: Path) -> list[int]:
-    """The rounds whose generation is complete."""
-    found = (_ROUND.fullmatch(name) for name in stage_names(run))
-    numbers = sorted(int(match[1]) for match in found if match)
-    return [number for number in numbers if complete(run, f"r{number}-generate")]
+def rounds(run: Path) -> list[str]:
+    """Prefixes of the rounds whose generation is complete: ``r0``, ``r1``, …, the control's."""
+    found = [
+        name.removesuffix("-generate")
+        for name in stage_names(run)
+        if name.endswith("-generate") and complete(run, name)
+    ]
+    return sorted(found, key=lambda prefix: (rank_of_round(f"{prefix}-") < 0, prefix))
 
 
 def rank_of_round(stage: str) -> int:
-    """The round a stage belongs to; -1 for those before the rounds."""
-    match = re.match(r"r(\d+)-", stage)
+    """The number of the round a stage belongs to; -1 for any other."""
+    match = _ROUND.match(stage)
     return int(match[1]) if match else -1
+
+
+def round_name(prefix: str) -> str:
+    """``Round 1`` for ``r1``; other prefixes as they are."""
+    number = rank_of_round(f"{prefix}-")
+    return f"Round {number}" if number >= 0 else f"Control {prefix}"
 
 
 def outcome(correct: bool | None) -> str:
@@ -65,14 +77,15 @@ def funnel(run: Path) -> dict[str, Any]:
     """Counts from questions to pairs, each round's distributions, and the training sets.
 
     Returns:
-        ``{"questions": n, "rounds": [...], "sets": {...}}``; a number is None while its stage is
-        not complete.
+        ``{"questions": n, "rounds": [...], "sets": {...}, "control_pairs": n}``; a number is None
+        while its stage is not complete.
     """
     sets, kept = _sets(run)
     return {
         "questions": _count(run, "questions-train"),
-        "rounds": [_round(run, number, kept[number]) for number in rounds(run)],
+        "rounds": [_round(run, prefix, kept[prefix]) for prefix in rounds(run)],
         "sets": sets,
+        "control_pairs": _count(run, f"{CONTROL}-pairs"),
     }
 
 
@@ -82,10 +95,10 @@ def _count(run: Path, stage: str) -> int | None:
     return sum(sidecar.rows for sidecar in shards.sidecars(shard_folder(run, stage)).values())
 
 
-def _round(run: Path, number: int, kept: Mapping[str, int]) -> dict[str, Any]:
+def _round(run: Path, prefix: str, kept: Mapping[str, int]) -> dict[str, Any]:
     """One round's counts, from the stages of it that are complete."""
     stages = {
-        role: f"r{number}-{stage}"
+        role: f"{prefix}-{stage}"
         for role, stage in (("paths", "generate"), ("verdicts", "judge"), ("scores", "score"))
     }
     present = {role: stage for role, stage in stages.items() if complete(run, stage)}
@@ -97,14 +110,14 @@ def _round(run: Path, number: int, kept: Mapping[str, int]) -> dict[str, Any]:
         reason for _, reason in shards.read_errors(shard_folder(run, stages["paths"]))
     )
     report = {
-        "round": number,
+        "round": prefix,
+        "name": round_name(prefix),
         **tally.report("verdicts" in present, "scores" in present),
         "failed_questions": failures.total(),
         "failures": dict(failures.most_common(_REASONS)),
         "kept": dict(kept),
-        "agreement": _agreement(run, number),
     }
-    pairs = f"r{number}-pairs"
+    pairs = f"{prefix}-pairs"
     if complete(run, pairs):
         kinds = Counter(row["kind"] for row in shards.read_rows(shard_folder(run, pairs)))
         report |= {"pairs": kinds.total(), "pair_kinds": dict(kinds)}
@@ -124,13 +137,16 @@ class _Tally:
         self.rules: Counter[str] = Counter()
         self.unscored: Counter[str] = Counter()
         self.solved: Counter[str] = Counter()
+        self.twice: list[tuple[int, int]] = []
         self.lengths: dict[str, dict[str, Counter[int]]] = {
             measure: {name: Counter() for name in OUTCOMES}
             for measure in ("tokens", "steps", "total", "logic", "grounding", "completeness")
         }
 
     def add(self, rows: Mapping[str, list[Row]]) -> None:
-        """Counts one question's rows, by role."""
+        """Counts one question's rows, by role; one that was not asked, or failed, has none."""
+        if not rows["paths"]:
+            return
         self.questions += 1
         verdicts = {row["path"]: row for row in rows.get("verdicts", ())}
         for path in rows["paths"]:
@@ -148,8 +164,13 @@ class _Tally:
             if verdict:
                 self.verdicts[name] += 1
                 self.rules[verdict["rule"]] += 1
+        first: dict[str, int] = {}
         for score in rows.get("scores", ()):
-            self._score(score, verdicts)
+            if not score["reason"].startswith(RETEST):
+                self._score(score, verdicts)
+                first[score["path"]] = score["total"]
+            elif score["total"] is not None and first.get(score["path"]) is not None:
+                self.twice.append((first[score["path"]], score["total"]))
         names = {outcome(row["correct"]) for row in verdicts.values()}
         self.solved["some right"] += "right" in names
         self.solved["right and wrong"] += {"right", "wrong"} <= names
@@ -181,6 +202,7 @@ class _Tally:
             "scored": sum(counter.total() for counter in totals.values()) if scored else None,
             "unscored": dict(self.unscored.most_common(_REASONS)),
             "score_auc": _auc(totals["right"], totals["wrong"]),
+            "agreement": _agreement(self.twice),
             "distributions": {
                 measure: _distribution(counters, measure)
                 for measure, counters in self.lengths.items()
@@ -217,29 +239,17 @@ def _auc(right: Counter[int], wrong: Counter[int]) -> float | None:
     return auc(scores, [True] * right.total() + [False] * wrong.total())
 
 
-def _agreement(run: Path, number: int) -> dict[str, Any] | None:
-    """Test-retest agreement of the round's scores, where a sample was scored a second time."""
-    stages = [f"r{number}-score", f"r{number}-rescore"]
-    if not all(complete(run, stage) for stage in stages):
+def _agreement(twice: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
+    """Test-retest agreement of the paths that were scored a second time; None without any."""
+    if not twice:
         return None
-    again = {
-        row["path"]: row["total"]
-        for row in shards.read_rows(shard_folder(run, stages[1]))
-        if row["total"] is not None
-    }
-    both = [
-        (row["total"], again[row["path"]])
-        for row in shards.read_rows(shard_folder(run, stages[0]))
-        if row["total"] is not None and row["path"] in again
-    ]
-    first, second = [a for a, _ in both], [b for _, b in both]
-    found = agreement(first, second)
+    found = agreement([first for first, _ in twice], [second for _, second in twice])
     return {
         "n": found.n,
         "pearson": known(found.pearson),
         "spearman": known(found.spearman),
         "difference": known(found.difference),
-        "points": both[:_POINTS],
+        "points": [list(pair) for pair in twice[:_POINTS]],
     }
 
 
@@ -248,10 +258,10 @@ def known(value: float) -> float | None:
     return None if value != value else value
 
 
-def _sets(run: Path) -> tuple[dict[str, Any], dict[int, Counter[str]]]:
-    """The training sets: samples of each kind, and how many paths of each round they hold."""
+def _sets(run: Path) -> tuple[dict[str, Any], dict[str, Counter[str]]]:
+    """The training sets: samples of each kind, and how many samples come from each round."""
     sets: dict[str, Any] = {}
-    kept: dict[int, Counter[str]] = {number: Counter() for number in rounds(run)}
+    kept: dict[str, Counter[str]] = {prefix: Counter() for prefix in rounds(run)}
     for stage in stage_names(run):
         if not stage.startswith("set-") or not complete(run, stage):
             continue
@@ -259,11 +269,11 @@ def _sets(run: Path) -> tuple[dict[str, Any], dict[int, Counter[str]]]:
         kinds: Counter[str] = Counter()
         for row in shards.read_rows(shard_folder(run, stage)):
             kinds[row["kind"]] += 1
-            for number in _rounds_of(row["parents"]):
-                kept.setdefault(number, Counter())[name] += 1
+            for prefix in _rounds_of(row["parents"]):
+                kept.setdefault(prefix, Counter())[name] += 1
         sets[name] = {"samples": kinds.total(), "kinds": dict(kinds.most_common())}
     return sets, kept
 
 
-def _rounds_of(parents: Iterable[str]) -> set[int]:
-    return {int(match[1]) for parent in parents if (match := _PATH_KEY.search(parent))}
+def _rounds_of(parents: Iterable[str]) -> set[str]:
+    return {match[1] for parent in parents if (match := _PATH_KEY.search(parent))}

@@ -50,6 +50,9 @@ PAPER: dict[str, dict[str, float]] = {
 }
 """What Insight-V reports on its own base: arXiv 2411.14432, tables 1, 3 and 4."""
 
+QUESTIONS = ("questions-test", "questions-validation")
+"""Stages whose questions entries may have answered."""
+
 CARD = ("agent", "none", "other")
 """Whose reasoning the summary agent is given: the agent's, nobody's, another question's."""
 
@@ -80,7 +83,8 @@ class Asked:
     @property
     def benchmarks(self) -> list[str]:
         """Names of the question sets; ``charts`` first, for it is what the run trains for."""
-        names = {benchmark for benchmark, _, _ in self.questions.values()}
+        told = {key for rows in self.told.values() for key in rows}
+        names = {self.questions[key][0] for key in told & self.questions.keys()}
         return sorted(names, key=lambda name: (name != "charts", name))
 
     def benchmark(self, key: str) -> str:
@@ -136,7 +140,7 @@ def collect(run: Path, seed: int = 0) -> Results:
         "confusion": _confusion(asked, entries),
         "judge_card": _judge_card(asked, seed),
         "funnel": (counts := funnel(run)),
-        "score_agreement": {str(row["round"]): row["agreement"] for row in counts["rounds"]},
+        "score_agreement": {row["round"]: row["agreement"] for row in counts["rounds"]},
         "training": training(run),
     }
 
@@ -150,18 +154,19 @@ def made_from(run: Path) -> dict[str, str]:
     }
 
 
+def eval_stage(entry: str) -> str:
+    """The stage in which an entry of the ladder answers."""
+    return f"eval-{entry}".replace("_", "-")
+
+
 def read_predictions(run: Path) -> Asked:
-    """The predictions of every complete ``eval-`` stage."""
+    """The predictions of every complete ``eval-`` stage, with the questions they answer."""
     asked = Asked()
-    if not complete(run, "questions-test"):
-        return asked
-    for row in shards.read_rows(shard_folder(run, "questions-test")):
-        question = Question.from_json(row)
-        asked.questions[question.key] = (
-            question.benchmark,
-            question.task,
-            question.group or question.key,
-        )
+    for stage in QUESTIONS:
+        for row in shards.read_rows(shard_folder(run, stage)) if complete(run, stage) else ():
+            question = Question.from_json(row)
+            place = (question.benchmark, question.task, question.group or question.key)
+            asked.questions[question.key] = place
     for stage in stage_names(run):
         if not stage.startswith("eval-") or not complete(run, stage):
             continue

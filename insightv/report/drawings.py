@@ -146,7 +146,7 @@ def _funnel(row: Mapping[str, Any], most: int) -> Markup:
         return Bar(label, ((amount, style, f"{label}: {amount:,}"),), f"{amount:,}")
 
     bars = [
-        one("questions", row["questions"]),
+        one("questions", row["questions"] + row["failed_questions"]),
         one("paths", row["paths"] + row["failed_paths"]),
         one("parsed", row["paths"]),
         one("finished", row["finish"].get("summary", 0)),
@@ -164,10 +164,10 @@ def _funnel(row: Mapping[str, Any], most: int) -> Markup:
             bars.append(one(f"{name} set", row["kept"][name], "accent"))
     if row["pairs"] is not None:
         bars.append(one("pairs", row["pairs"], "accent"))
-    return figures.bars(f"Round {row['round']}", bars, most)
+    return figures.bars(row["name"], bars, most)
 
 
-def distributions(results: Results) -> list[tuple[int, list[Markup]]]:
+def distributions(results: Results) -> list[tuple[str, list[Markup]]]:
     """For each round: lengths and scores, right paths against wrong ones."""
     shown = []
     for row in results["funnel"]["rounds"]:
@@ -185,20 +185,19 @@ def distributions(results: Results) -> list[tuple[int, list[Markup]]]:
                 figures.histograms(_NAMES[measure], found["low"], found["high"], counts, about)
             )
         if panels:
-            shown.append((row["round"], panels))
+            shown.append((row["name"], panels))
     return shown
 
 
-def agreement(results: Results) -> list[tuple[int, Mapping[str, Any], Markup]]:
+def agreement(results: Results) -> list[tuple[str, Mapping[str, Any], Markup]]:
     """For each round that was scored twice: first score against second."""
     shown = []
-    for number, found in results["score_agreement"].items():
-        if found and found["n"]:
+    for row in results["funnel"]["rounds"]:
+        if found := row["agreement"]:
             about = f"{found['n']} paths scored twice"
-            panel = figures.scatter(
-                f"Round {number}", found["points"], ("first scoring", "second"), about
-            )
-            shown.append((int(number), found, panel))
+            axes = ("first scoring", "second")
+            panel = figures.scatter(row["name"], found["points"], axes, about)
+            shown.append((row["name"], found, panel))
     return shown
 
 

@@ -20,7 +20,15 @@ from PIL import Image
 from hpc import shards
 from hpc.errors import RecordError
 from hpc.stages import Row
-from insightv.evaluation.funnel import complete, outcome, rounds, shard_folder, stage_names
+from insightv.assessment.scoring import RETEST
+from insightv.evaluation.funnel import (
+    complete,
+    outcome,
+    round_name,
+    rounds,
+    shard_folder,
+    stage_names,
+)
 from insightv.pictures import Pictures
 from insightv.records import Question
 
@@ -45,14 +53,14 @@ def gallery(run: Path, most: int = PATHS) -> dict[str, Any]:
         ``{"paths": [...], "questions": [...], "pictures": [data URI], "total": n}``; paths refer
         to questions, and questions to pictures, by position.
     """
-    numbers = rounds(run)
+    prefixes = rounds(run)
     paths: list[dict[str, Any]] = []
     total = 0
-    for number in numbers:
-        groups, count = _sample(run, number, most // len(numbers))
+    for prefix in prefixes:
+        groups, count = _sample(run, prefix, most // len(prefixes))
         total += count
         for _, rows in groups:
-            paths += _paths(rows, number)
+            paths += _paths(rows, prefix)
     uses = _uses(run, {path["key"] for path in paths})
     for path in paths:
         path["used"] = uses.get(path["key"], [])
@@ -129,13 +137,13 @@ def rank(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _sample(run: Path, number: int, most: int) -> tuple[Groups, int]:
+def _sample(run: Path, prefix: str, most: int) -> tuple[Groups, int]:
     """Questions of the lowest hashes up to ``most`` paths, some undecided ones, and the count."""
     roles = {"paths": "generate", "verdicts": "judge", "scores": "score"}
     folders = {
-        role: shard_folder(run, f"r{number}-{stage}")
+        role: shard_folder(run, f"{prefix}-{stage}")
         for role, stage in roles.items()
-        if complete(run, f"r{number}-{stage}")
+        if complete(run, f"{prefix}-{stage}")
     }
     lowest, undecided, total = _Lowest(most), _Lowest(_UNDECIDED), 0
     for key, rows in shards.join(folders):
@@ -173,17 +181,19 @@ class _Lowest:
         return ((key, rows) for _, key, rows in sorted(self._heap, key=lambda item: -item[0]))
 
 
-def _paths(rows: Mapping[str, list[Row]], number: int) -> Iterator[dict[str, Any]]:
+def _paths(rows: Mapping[str, list[Row]], prefix: str) -> Iterator[dict[str, Any]]:
     """One question's paths with their verdicts and scores."""
     verdicts = {row["path"]: row for row in rows.get("verdicts", ())}
-    scores = {row["path"]: row for row in rows.get("scores", ())}
+    scores = {
+        row["path"]: row for row in rows.get("scores", ()) if not row["reason"].startswith(RETEST)
+    }
     for path in rows["paths"]:
         verdict = verdicts.get(path["key"])
         score = scores.get(path["key"], {})
         yield {
             "key": path["key"],
             "question": path["question"],
-            "round": number,
+            "round": round_name(prefix),
             "steps": [[step["title"], step["content"]] for step in path["steps"]],
             "answer": path["answer"],
             "finish": path["finish"],

@@ -23,7 +23,14 @@ from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json
 from insightv.evaluation.funnel import complete, rank_of_round, shard_folder, stage_names
-from insightv.evaluation.results import Results, collect, made_from, read_metrics
+from insightv.evaluation.results import (
+    QUESTIONS,
+    Results,
+    collect,
+    eval_stage,
+    made_from,
+    read_metrics,
+)
 from insightv.records import Prediction, Question
 from insightv.report import drawings
 from insightv.report.gallery import data_uri, gallery, questions, rank, store
@@ -99,7 +106,7 @@ def render(run: Path, results: Results) -> str:
         agreement=drawings.agreement(results),
         training=training(run, results),
         gallery=shown,
-        rounds=sorted({path["round"] for path in shown["paths"]}),
+        rounds=list(dict.fromkeys(path["round"] for path in shown["paths"])),
         stages=list(stage_rows(run)),
         provenance=provenance(run),
     )
@@ -237,8 +244,8 @@ def examples(run: Path, main: str) -> dict[str, Any] | None:
     Both are drawn by hash among all such questions of the main benchmark.
     """
     entries = ("direct_sft", "multi_agent")
-    stages = [f"eval-{entry}" for entry in entries]
-    if not all(complete(run, stage) for stage in [*stages, "questions-test"]):
+    stages = [eval_stage(entry) for entry in entries]
+    if not all(complete(run, stage) for stage in stages):
         return None
     direct, agents = (
         {
@@ -258,12 +265,14 @@ def examples(run: Path, main: str) -> dict[str, Any] | None:
         for row in shards.read_rows(shard_folder(run, stage)):
             if row["question"] in shown:
                 shown[row["question"]][entry] = _side(Prediction.from_json(row))
-    asked = questions(run, "questions-test", set(chosen))
+    asked: dict[str, Question] = {}
+    for stage in QUESTIONS:
+        asked |= questions(run, stage, set(chosen))
     return {
         "compared": len(both),
         "gained": len(gained),
         "lost": len(lost),
-        "shown": [_example(run, asked[key], shown[key]) for key in chosen],
+        "shown": [_example(run, asked[key], shown[key]) for key in chosen if key in asked],
     }
 
 

@@ -10,9 +10,11 @@ from unittest import mock
 from PIL import Image, ImageDraw
 
 from hpc import shards
-from insightv.evaluation.results import LADDER
+from insightv.assessment.scoring import RETEST
+from insightv.evaluation.results import LADDER, eval_stage
 from insightv.pictures import PictureWriter
 from insightv.records import (
+    FailedPath,
     Message,
     PathScore,
     Prediction,
@@ -102,7 +104,7 @@ def group(records) -> list:
 
 
 def make_round(run: Path, number: int, questions: list[Question], paths: int, skill: float):
-    """Generation, verdicts, scores and a second scoring of a round; returns the records."""
+    """Generation, verdicts and scores (some given twice) of a round; returns the records."""
     rng = random.Random(100 + number)
     made, verdicts, scores, again = [], [], [], []
     for question in questions:
@@ -144,8 +146,11 @@ def make_round(run: Path, number: int, questions: list[Question], paths: int, sk
             else:
                 scores.append(PathScore(key, question.key, *marks, total, bad_steps=bad))
                 near = min(100, max(1, total + round(rng.gauss(0, 5))))
-                again.append(PathScore(key, question.key, *marks, near))
-    records = {"generate": made, "judge": verdicts, "score": scores, "rescore": again}
+                again.append(PathScore(key, question.key, *marks, near, reason=RETEST))
+    failed = FailedPath(
+        f"{questions[1].key}/r{number}/p{paths}", questions[1].key, f"no JSON object {HOSTILE}"
+    )
+    records = {"generate": [*made, failed], "judge": verdicts, "score": [*scores, *again]}
     keys = [question.key for question in questions]
     for stage, rows in records.items():
         by_key = dict(group(rows))
@@ -173,7 +178,8 @@ def make_pairs(run: Path, number: int, paths, verdicts, scores) -> None:
             ).to_json()
             for w, x in zip(winners, losers, strict=False)
         ]
-        groups.append((key, rows))
+        if rows:
+            groups.append((key, rows))
     commit(run, f"r{number}-pairs", groups)
 
 
@@ -229,7 +235,6 @@ def make_predictions(run: Path, questions: list[Question]) -> None:
             right = rng.random() < chance + bonus
             answer = question.answer if right else str(int(question.answer) + 1)
             reasons = entry not in ("base", "summary_only")
-            own = reasons and entry != "direct_sft"  # whose answer is the reasoning's own
             sound = right if rng.random() < 0.85 else not right
             steps = make_steps(rng, question, answer)
             if entry == "multi_agent":
@@ -240,16 +245,16 @@ def make_predictions(run: Path, questions: list[Question]) -> None:
                     question.key,
                     entry,
                     render_steps(steps) if reasons else "",
-                    answer if own else "",
+                    steps[-1].content if reasons else "",
                     answer,
                     None if rng.random() < 0.01 else right,
-                    sound if own else None,
+                    sound if reasons else None,
                     "number",
                     rng.randint(40, 70) if reasons else 3,
                     ("0123abcd",),
                 )
             )
-        commit(run, f"eval-{entry}", group(rows))
+        commit(run, eval_stage(entry), group(rows))
     rng = random.Random("card")
     rows = []
     for question in questions:
@@ -271,7 +276,7 @@ def make_predictions(run: Path, questions: list[Question]) -> None:
                     ("0123abcd",),
                 )
             )
-    commit(run, "eval-judge_card", group(rows))
+    commit(run, "eval-judge-card", group(rows))
 
 
 @mock.patch("os.fsync", lambda descriptor: None)  # a test's run need not survive a power failure

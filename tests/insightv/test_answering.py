@@ -327,5 +327,5 @@ def test_printing_cannot_steer_the_terminal():
 
 def test_predictions_of_the_fixture_are_records(tmp_path):
     run = runs.make_run(tmp_path / "run", tables=3)
-    for row in shards.read_rows(run / "stages" / "eval-judge_card" / "shards"):
+    for row in shards.read_rows(run / "stages" / "eval-judge-card" / "shards"):
         Prediction.from_json(row)

@@ -94,8 +94,8 @@ def test_an_old_results_file_is_not_believed(run, tmp_path):
     ("gone", "said"),
     [
         ("eval-", "No entry of the ladder has been evaluated yet."),
-        ("eval-direct_sft", "This needs the entries direct_sft and multi_agent"),
-        ("eval-judge_card", "The judge's card has not been made yet."),
+        ("eval-direct-sft", "This needs the entries direct_sft and multi_agent"),
+        ("eval-judge-card", "The judge's card has not been made yet."),
         ("r", "No round of paths is complete yet."),
         ("r1-judge", "From questions to pairs"),
         ("questions-test", "No entry of the ladder has been evaluated yet."),
@@ -220,16 +220,17 @@ def test_filters_and_pages(page, tab):
     tab.click("button[type=reset]")
     tab.wait(lambda: shown() == len(paths))
     tab.run(
-        "(e => { e.value = '1'; e.dispatchEvent(new Event('input', {bubbles: true})) })"
+        "(e => { e.value = 'Round 1'; e.dispatchEvent(new Event('input', {bubbles: true})) })"
         "(document.getElementById('round'))"
     )
-    assert shown() == sum(path["round"] == 1 for path in paths)
+    assert shown() == sum(path["round"] == "Round 1" for path in paths)
     tab.run(
         "(e => { e.value = '=max'; e.dispatchEvent(new Event('input', {bubbles: true})) })"
         "(document.getElementById('task'))"
     )
     assert shown() == sum(
-        path["round"] == 1 and questions[path["question"]]["task"] == "max" for path in paths
+        path["round"] == "Round 1" and questions[path["question"]]["task"] == "max"
+        for path in paths
     )
 
     tab.click("button[type=reset]")

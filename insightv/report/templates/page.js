@@ -108,7 +108,7 @@ for (const image of document.querySelectorAll("img.picture")) {
     found = paths.filter((path, number) =>
       (!chosen.get("outcome") || path.outcome === chosen.get("outcome"))
       && (!chosen.get("task") || questions[path.question].task === chosen.get("task").slice(1))
-      && (!chosen.get("round") || path.round === Number(chosen.get("round")))
+      && (!chosen.get("round") || path.round === chosen.get("round"))
       && (!scored || (path.total !== null && path.total >= Number(low || 0) && path.total <= Number(high || 100)))
       && (!text || index[number].includes(text)));
     page = 0;
