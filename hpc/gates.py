@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpc.config import digest
+from hpc.config import digest, shaping
 from hpc.disk import make_folder
 from hpc.errors import UserError
 from hpc.rundir import STOPPED, Chain, read_json, write_json
@@ -69,7 +69,7 @@ def refuse_changes(chain: Chain) -> None:
             continue
         if not run.manifest(name).exists() and not list_folder(run.shards(name)).complete:
             continue  # nothing was finished under the other configuration
-        changed = "; ".join(differences(kept["config"], dict(stage.config))[:5])
+        changed = "; ".join(differences(kept["config"], shaping(stage.config))[:5])
         raise UserError(
             f"{run.path}: stage {name} was made with another configuration "
             f"({changed or 'its inputs changed'}); use another run directory, "
@@ -96,7 +96,7 @@ def prepare(chain: Chain, name: str) -> None:
         "stage": name,
         "hash": identity,
         "parents": parents,
-        "config": dict(stage.config),
+        "config": shaping(stage.config),
         "started": begun.get("started", now),
         "since": now,
         "spent": begun.get("spent", 0.0) + _worked(chain, name, begun),
@@ -214,7 +214,7 @@ def _commit(
             # A new id each time: whatever was made from the former one is stale.
             "made": uuid.uuid4().hex,
             "parents": chain.made(name),
-            "config": dict(stage.config),
+            "config": shaping(stage.config),
             "shards": len(found),
             "inputs": sum(sidecar.inputs for sidecar in found.values()),
             "rows": sum(sidecar.rows for sidecar in found.values()),

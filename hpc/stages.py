@@ -77,7 +77,8 @@ class Stage:
         run: For ``job``: does the work and returns counts for the manifest.
         outputs: Paths relative to the run directory that completion demands
             (``models/reasoning``), beside the stage's own shards.
-        workers: How many processes pull at once (map). Never shapes the result.
+        workers: How many processes pull at once (map), or how many slots the one process of
+            a job takes, as threads. Never shapes the result.
         resources: The kind of resources a cluster profile knows: ``cpu`` or ``gpu``.
         error_limit: Largest share of inputs that may fail before the stage does.
     """

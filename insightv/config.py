@@ -185,6 +185,8 @@ class EvaluationSection:
         answer: Sampling of the final answer.
         voter: For ``majority``: how each vote is made.
         votes: For ``majority``: most votes; as many count as fit the tokens of ``multi_agent``.
+        voting: For ``majority``: sampling of the votes. Warmer than the others: equal votes say
+            nothing.
         voting_model: For ``majority``: which trained model (or ``base``) votes.
         resamples_seed: Of the bootstrap behind the intervals.
     """
@@ -195,6 +197,7 @@ class EvaluationSection:
     answer: CallConfig = field(default_factory=lambda: CallConfig(max_tokens=256))
     voter: str = "direct_sft"
     votes: int = 16
+    voting: CallConfig = field(default_factory=lambda: CallConfig(0.7, max_tokens=4096))
     voting_model: str = "direct"
     resamples_seed: int = 0
 

@@ -61,12 +61,14 @@ def main() -> None:
 
 def _status() -> int:
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="insightv", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:
         return _say(str(error))
     except _UsageProblem as error:
-        return _say(f"{error.format_message()} (insightv --help lists commands)")  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        # Without a message it was a group without a command, whose help has been shown.
+        return _say(f"{message} (insightv --help lists commands)") if message else 2
     except (KeyboardInterrupt, typer.Abort):
         print("insightv: interrupted; the same command goes on from here", file=sys.stderr)
         return _INTERRUPTED

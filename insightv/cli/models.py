@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def report(directory: RunArgument) -> None:
-    """Write the page of a run from what it has so far."""
+    """Write a run's page from what it has so far."""
     from insightv.report import write_report
 
     print(write_report(opened(directory).run.path))
@@ -29,7 +29,7 @@ def why(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Of a question, path, pair, …")],
     directory: RunArgument,
 ) -> None:
-    """Tell where a record comes from and what became of it."""
+    """Tell where a record comes from, and what became of it."""
     from rich.console import Console
 
     from insightv.lineage import why as lineage
@@ -43,7 +43,10 @@ def ask(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A PNG, JPEG or WebP file.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the picture.")],
 ) -> None:
-    """Ask both agents; shows the steps, the answer, and the answer without them."""
+    """Ask both agents about a picture.
+
+    Shows the steps as they come, the answer, and the answer without the steps.
+    """
     from insightv.pictures import Pictures, PictureWriter, decode
     from insightv.records import Question
 
@@ -117,7 +120,7 @@ def evaluate(
     entries: Annotated[list[str], typer.Argument(metavar="ENTRY...", help="base, multi_agent, …")],
     split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
 ) -> None:
-    """Evaluate entries of the ladder with a run's models, on either held-out split."""
+    """Evaluate entries of the ladder with a run's models."""
     from rich.console import Console
 
     from hpc.driver import drive

@@ -36,7 +36,7 @@ def run(
         bool, typer.Option("--remake", help="Make again what another configuration made.")
     ] = False,
 ) -> None:
-    """Run a chain on this machine; the same command goes on where it stopped."""
+    """Run a chain here; the same command resumes it."""
     from hpc.rundir import RunDir
     from insightv.chain import assemble
     from insightv.config import read
@@ -46,7 +46,7 @@ def run(
 
 
 def retry(directory: RunArgument) -> None:
-    """Go on with a run that stopped or was cancelled, configured as it is."""
+    """Resume a run that stopped or was cancelled."""
     from insightv.config import read
 
     chain = opened(directory)
@@ -154,7 +154,7 @@ def status(
 
 
 def cancel(directory: RunArgument) -> None:
-    """Stop a run; its workers save what they have and leave."""
+    """Stop a run; its workers save and leave."""
     from hpc.rundir import CANCELLED
 
     run = opened(directory).run
@@ -172,7 +172,10 @@ def logs(
     ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="So many from the end.")] = 40,
 ) -> None:
-    """Show what the workers said; without STAGE the last line of each log."""
+    """Show what the workers said.
+
+    Without STAGE: the last line of each log.
+    """
     chain = opened(directory)
     if stage is not None and stage not in chain.stages:
         names = ", ".join(chain.stages)
@@ -220,7 +223,7 @@ def clean(
         typer.Option("--data", help="Shards nobody needs any more; the run is closed then."),
     ] = False,
 ) -> None:
-    """Delete what complete stages no longer need: parts, leases, checkpoints."""
+    """Delete what complete stages no longer need."""
     from hpc.retention import clean as sweep
 
     found = sweep(opened(directory), plan=plan, logs=with_logs, data=data)

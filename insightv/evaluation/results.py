@@ -74,22 +74,18 @@ class Asked:
         questions: Benchmark, task and group of each question, by key.
         told: Entry, then question, to what it did.
         failed: Entry, then benchmark, to the number of questions that failed.
+        benchmarks: Names of the question sets that were answered; ``charts`` first.
     """
 
     questions: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     told: dict[str, dict[str, Told]] = field(default_factory=dict)
     failed: dict[str, Counter[str]] = field(default_factory=dict)
+    benchmarks: list[str] = field(default_factory=list)
 
     @property
-    def benchmarks(self) -> list[str]:
-        """Names of the question sets; ``charts`` first, for it is what the run trains for."""
-        told = {key for rows in self.told.values() for key in rows}
-        names = {self.questions[key][0] for key in told & self.questions.keys()}
-        return sorted(names, key=lambda name: (name != "charts", name))
-
-    def benchmark(self, key: str) -> str:
-        """The benchmark of a question; empty if it is not among the test questions."""
-        return self.questions.get(key, ("", "", ""))[0]
+    def main(self) -> str:
+        """The question set the run trains for; empty without predictions."""
+        return self.benchmarks[0] if self.benchmarks else ""
 
     def decided(self, *entries: str, benchmark: str) -> list[str]:
         """Questions of a benchmark that every one of the entries has decided."""
@@ -172,6 +168,8 @@ def read_predictions(run: Path) -> Asked:
             continue
         seen = set()
         for row in shards.read_rows(shard_folder(run, stage)):
+            if row["question"] not in asked.questions:
+                continue
             seen.add(row["entry"])
             reasoning = "none"
             if row["reasoning"]:
@@ -184,6 +182,9 @@ def read_predictions(run: Path) -> Asked:
             key.split(":", 1)[0] for key, _ in shards.read_errors(shard_folder(run, stage))
         )
         asked.failed |= dict.fromkeys(seen, failed)
+    told = {key for rows in asked.told.values() for key in rows}
+    names = {asked.questions[key][0] for key in told}
+    asked.benchmarks = sorted(names, key=lambda name: (name != "charts", name))
     return asked
 
 
@@ -202,7 +203,7 @@ def _interval(estimate: Estimate) -> list[float] | None:
 def _rung(asked: Asked, entry: str, benchmark: str, seed: int) -> dict[str, Any]:
     """One entry on one benchmark."""
     told = {
-        key: told for key, told in asked.told[entry].items() if asked.benchmark(key) == benchmark
+        key: told for key, told in asked.told[entry].items() if asked.questions[key][0] == benchmark
     }
     decided = asked.decided(entry, benchmark=benchmark)
     estimate = accuracy(
@@ -228,7 +229,7 @@ def _tasks(asked: Asked, entry: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Accuracy by benchmark and task."""
     counts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for key, told in asked.told[entry].items():
-        if key in asked.questions and told.correct is not None:
+        if told.correct is not None:
             benchmark, task, _ = asked.questions[key]
             counts[benchmark][task].append(told.correct)
     return {
@@ -273,7 +274,7 @@ def _confusion(asked: Asked, entries: Iterable[str]) -> dict[str, dict[str, int]
     table: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in entries:
         for key, told in asked.told[entry].items():
-            if told.reasoning != "none" and asked.benchmark(key) == asked.benchmarks[0]:
+            if told.reasoning != "none" and asked.questions[key][0] == asked.main:
                 table[entry][f"reasoning_{told.reasoning}_answer_{_name(told.correct)}"] += 1
     return {
         entry: dict(sorted(counts.items()))
@@ -293,7 +294,7 @@ def _judge_card(asked: Asked, seed: int) -> dict[str, Any] | None:
         return None
     name = min(names)
     entries = {card: f"{name}:{card}" for card in CARD if f"{name}:{card}" in asked.told}
-    card: dict[str, Any] = {"entry": name, "benchmark": asked.benchmarks[0]}
+    card: dict[str, Any] = {"entry": name, "benchmark": asked.main}
     keys = asked.decided(*entries.values(), benchmark=card["benchmark"])
     groups = [asked.questions[key][2] for key in keys]
     right = {

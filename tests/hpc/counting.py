@@ -36,7 +36,7 @@ class Counting:
     workers: int = configs.unhashed(2)
     slots: int = configs.unhashed(2)
     retries: int = configs.unhashed(3)
-    preload: bool = configs.unhashed(False)
+    preload: bool = configs.unhashed(True)
 
 
 @dataclass
@@ -141,7 +141,7 @@ def open_chain(run: Path, overrides: Sequence[str] = ()) -> Chain:
 def run(path: Path, overrides: Sequence[str] = (), **options: object) -> Chain:
     chain = open_chain(path, overrides)
     settings = configs.load(Counting, chain.run.chain_file)
-    executor = LocalExecutor(preload=["hpc.work"] if settings.preload else ())
+    executor = LocalExecutor(preload=["hpc.work", "hpc.driver"] if settings.preload else ())
     options = {"slots": settings.slots, "retries": settings.retries, **options}
     drive(chain, executor, **options)
     return chain

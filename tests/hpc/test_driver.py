@@ -100,6 +100,19 @@ def program(run: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    counting.run(run)
+    return run
+
+
+@pytest.fixture
+def finished_run(finished: Path, tmp_path: Path) -> Path:
+    """A complete run of the test's own."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
 @pytest.mark.parametrize("preload", ["true", "false"])
 def test_a_chain_runs_and_the_second_run_does_nothing(tmp_path: Path, preload: str) -> None:
     heard = Heard()
@@ -133,7 +146,7 @@ def test_workers_killed_at_random_moments(tmp_path: Path) -> None:
     killer = threading.Thread(target=kill_some)
     killer.start()
     try:
-        counting.run(tmp_path, ["pause=0.05", "retries=30", "preload=true"])
+        counting.run(tmp_path, ["pause=0.05", "retries=30"])
     finally:
         done.set()
         killer.join()
@@ -143,7 +156,7 @@ def test_workers_killed_at_random_moments(tmp_path: Path) -> None:
 
 def test_driver_killed_at_random_moments(tmp_path: Path) -> None:
     rng = random.Random(1)
-    words = ["pause=0.03", "preload=true"]
+    words = ["pause=0.03"]
     for _ in range(6):
         process = program(tmp_path, *words)
         try:
@@ -156,41 +169,42 @@ def test_driver_killed_at_random_moments(tmp_path: Path) -> None:
     wait_for(lambda: not processes_of(tmp_path))
 
 
-def test_removing_a_stage_remakes_it_and_what_depends_on_it(tmp_path: Path) -> None:
-    counting.run(tmp_path, ["preload=true"])
-    before = made(tmp_path)
-    shutil.rmtree(RunDir(tmp_path).stage_dir("double"))
+def test_removing_a_stage_remakes_it_and_what_depends_on_it(finished_run: Path) -> None:
+    before = made(finished_run)
+    shutil.rmtree(RunDir(finished_run).stage_dir("double"))
     heard = Heard()
-    counting.run(tmp_path, observer=heard)
-    after = made(tmp_path)
+    counting.run(finished_run, observer=heard)
+    after = made(finished_run)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"double", "total", "triple"}
     assert ("kept", "square") in heard.events
-    check_complete(tmp_path)
-    shutil.rmtree(tmp_path / "models" / "total")  # an output counts as much as the folder
-    counting.run(tmp_path)
-    assert {name for name in after if after[name] != made(tmp_path)[name]} == {"total", "triple"}
+    check_complete(finished_run)
+    shutil.rmtree(finished_run / "models" / "total")  # an output counts as much as the folder
+    counting.run(finished_run)
+    assert {name for name in after if after[name] != made(finished_run)[name]} == {
+        "total",
+        "triple",
+    }
 
 
 def test_changed_configuration_is_refused_by_name_and_unhashed_change_is_not(
-    tmp_path: Path,
+    finished_run: Path,
 ) -> None:
-    counting.run(tmp_path, ["preload=true"])
-    before = made(tmp_path)
-    counting.run(tmp_path, ["workers=1", "pause=0.5", "slots=1"])
-    assert made(tmp_path) == before
+    before = made(finished_run)
+    counting.run(finished_run, ["workers=1", "pause=0.5", "slots=1"])
+    assert made(finished_run) == before
     with pytest.raises(UserError, match=r"stage double .*factor: 2 → 5.*--remake"):
-        counting.run(tmp_path, ["factor=5"])
-    assert made(tmp_path) == before
-    counting.run(tmp_path, ["pause=0", "slots=2"], remake=True)
-    after = made(tmp_path)
+        counting.run(finished_run, ["factor=5"])
+    assert made(finished_run) == before
+    counting.run(finished_run, ["pause=0", "slots=2"], remake=True)
+    after = made(finished_run)
     assert {name for name in before if before[name] != after[name]} == {"double", "total", "triple"}
-    total = (tmp_path / "models" / "total" / "sum.txt").read_text()
+    total = (finished_run / "models" / "total" / "sum.txt").read_text()
     assert int(total) == 8 * sum(range(N))
 
 
 def test_the_limit_on_errors(tmp_path: Path) -> None:
-    words = ["fail_every=4", "preload=true"]
+    words = ["fail_every=4"]
     with pytest.raises(Stopped, match=r"1?\d of 40 inputs failed.*× even numbers are not liked"):
         counting.run(tmp_path, [*words, "error_limit=0.1"])
     assert status(counting.open_chain(tmp_path))["state"] == "stopped"
@@ -256,7 +270,7 @@ def test_two_drivers_on_one_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_workers_leave(tmp_path: Path, number: int) -> None:
-    process = program(tmp_path, "pause=0.3", "preload=true")
+    process = program(tmp_path, "pause=0.3")
     wait_for(lambda: any(e["stage"] == "double" for e in RunDir(tmp_path).read_jobs()))
     time.sleep(1)
     process.send_signal(number)
@@ -280,7 +294,7 @@ def test_cancel_is_a_marker(tmp_path: Path) -> None:
 
 
 def test_independent_stages_share_the_slots(tmp_path: Path) -> None:
-    counting.run(tmp_path, ["pause=0.1", "workers=1", "preload=true"])
+    counting.run(tmp_path, ["pause=0.1", "workers=1"])
     double, square = (RunDir(tmp_path).read_manifest(name) for name in ("double", "square"))
     assert double and square
     assert double["started"] < square["finished"] and square["started"] < double["finished"]

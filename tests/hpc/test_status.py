@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +24,14 @@ from hpc.status import Advance, advance, board, duration, status  # noqa: E402
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     run = tmp_path_factory.mktemp("complete")
-    return counting.run(run, ["preload=true", "fail_every=10", "error_limit=0.1"])
+    return counting.run(run, ["fail_every=10", "error_limit=0.1"])
+
+
+@pytest.fixture
+def chain(complete: Chain, tmp_path: Path) -> Chain:
+    """A complete run of the test's own."""
+    shutil.copytree(complete.run.path, tmp_path / "copy")
+    return counting.open_chain(tmp_path / "copy")
 
 
 def shown(value: object, width: int = 100) -> str:
@@ -68,17 +76,15 @@ def test_reasons_are_no_markup(complete: Chain) -> None:
     assert "[bold]not bold" in shown(board(found))
 
 
-def test_a_stage_without_its_parent_is_outdated(tmp_path: Path) -> None:
-    chain = counting.run(tmp_path, ["preload=true"])
+def test_a_stage_without_its_parent_is_outdated(chain: Chain) -> None:
     chain.run.manifest("double").unlink()
     states = {entry["name"]: entry["state"] for entry in status(chain)["stages"]}
     assert states["double"] == "incomplete" and states["square"] == "complete"
     assert states["total"] == states["triple"] == "outdated"
-    assert advance(chain, "double") == Advance(40, 40, 10, 10, 0, {})
+    assert advance(chain, "double") == Advance(40, 40, 10, 10, 4, {})
 
 
-def test_clean_deletes_what_can_be_missed(tmp_path: Path) -> None:
-    chain = counting.run(tmp_path, ["preload=true"])
+def test_clean_deletes_what_can_be_missed(chain: Chain) -> None:
     part = chain.run.shards("double") / "00003.0.part"
     part.write_bytes(b"x" * 1000)
     checkpoints = chain.run.stage_dir("total") / "checkpoints" / "step-1"
@@ -89,23 +95,22 @@ def test_clean_deletes_what_can_be_missed(tmp_path: Path) -> None:
     found = {(item.stage, item.what): item.bytes for item in listed}
     assert found["double", "parts"] == 1000 and found["total", "checkpoints"] == 5000
     assert not any(what in ("shards", "logs") for _, what in found)
-    before = size(tmp_path)
+    before = size(chain.run.path)
     assert clean(chain, plan=False) == listed
-    assert before - size(tmp_path) == sum(item.bytes for item in listed)
+    assert before - size(chain.run.path) == sum(item.bytes for item in listed)
     assert status(chain)["state"] == "complete" and clean(chain) == []
     assert any(chain.run.logs("double").iterdir())
     clean(chain, plan=False, logs=True)
     assert not chain.run.logs("double").exists()
-    assert len(list(read_rows(chain.run.shards("double")))) == 40
+    assert len(list(read_rows(chain.run.shards("double")))) == 36
     jobs = chain.run.read_jobs()
-    counting.run(tmp_path)
+    counting.run(chain.run.path)
     assert chain.run.read_jobs() == jobs  # nothing was made again
     clean(chain, plan=False, data=True)
     assert not chain.run.shards("double").exists()
 
 
-def test_clean_keeps_what_an_unfinished_stage_resumes_from(tmp_path: Path) -> None:
-    chain = counting.run(tmp_path, ["preload=true"])
+def test_clean_keeps_what_an_unfinished_stage_resumes_from(chain: Chain) -> None:
     chain.run.manifest("double").unlink()
     part = chain.run.shards("double") / "00003.0.part"
     part.write_bytes(b"x")
@@ -128,7 +133,7 @@ def test_bars(tmp_path: Path, terminal: bool) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
     with Bars(console) as bars:
-        words = ["preload=true", "pause=0.1", "fault=square:crash", "retries=1"]
+        words = ["pause=0.1", "fault=square:crash", "retries=1"]
         with pytest.raises(Stopped):
             counting.run(tmp_path, words, observer=bars)
     text = out.getvalue()

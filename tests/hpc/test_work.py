@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +32,48 @@ from hpc.stages import Stage
 from hpc.work import work
 
 
+class Forked:
+    """A true process, forked rather than started: many a test needs several at once."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        self.returncode = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
+            status = worked.main(words)
+        finally:
+            traceback.print_exc() if status == 1 and sys.exc_info()[0] else None
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, seconds: float = 90.0) -> int:
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            assert time.monotonic() < end, "still running"
+            time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 class Team:
     """A run with a stage to do, and processes that do it."""
 
@@ -38,19 +81,16 @@ class Team:
         self.chain = worked.prepare(run, count, per_shard)
         self.run = self.chain.run
         self.count = count
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Forked] = []
 
-    def start(self, **options) -> subprocess.Popen[bytes]:
+    def start(self, **options) -> Forked:
         words = [
             f"{name}={value if isinstance(value, str) else json.dumps(value)}"
             for name, value in options.items()
         ]
-        log = (self.run.path / f"log{len(self.processes)}").open("wb")
-        process = subprocess.Popen(
-            [sys.executable, worked.__file__, str(self.run.path), *words], stdout=log, stderr=log
-        )
-        self.processes.append(process)
-        return process
+        log = self.run.path / f"log{len(self.processes)}"
+        self.processes.append(Forked([str(self.run.path), *words], log))
+        return self.processes[-1]
 
     def log(self, process) -> str:
         return (self.run.path / f"log{self.processes.index(process)}").read_text()
@@ -59,7 +99,7 @@ class Team:
         path = self.run.stage_dir("count") / "called"
         return path.read_text().splitlines() if path.exists() else []
 
-    def wait_for(self, condition, seconds=30.0) -> None:
+    def wait_for(self, condition, seconds=90.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "nothing happened"
@@ -88,7 +128,7 @@ class Team:
 
     def finish(self, **options) -> list[str]:
         process = self.start(**options)
-        assert process.wait(60) == 0, self.log(process)
+        assert process.wait() == 0, self.log(process)
         return self.check()
 
 
@@ -113,7 +153,7 @@ def test_one_worker_and_the_same_bytes_from_four(team):
     alone = one.finish(concurrency=1)
     assert len(one.called()) == 120
     workers = [four.start(pause=0.005, concurrency=5) for _ in range(4)]
-    assert [worker.wait(60) for worker in workers] == [0] * 4
+    assert [worker.wait() for worker in workers] == [0] * 4
     assert four.check() == alone
     assert sorted(four.called()) == sorted(one.called()), "no input was worked on twice"
 
@@ -169,7 +209,7 @@ def test_torn_frame_at_the_end_of_a_part(team):
 @pytest.mark.parametrize("step", ["sidecar", "link"])
 def test_killed_around_the_link(team, step):
     made = team(16, 8)
-    assert made.start(kill_at=step).wait(30) == -signal.SIGKILL
+    assert made.start(kill_at=step).wait() == -signal.SIGKILL
     out = made.run.shards("count")
     linked = list(out.glob("*.jsonl.zst"))
     assert len(linked) == (step == "sidecar") and not sidecars(out)
@@ -180,7 +220,7 @@ def test_killed_around_the_link(team, step):
 
 def test_damaged_shard_without_sidecar_is_not_adopted(team):
     made = team(16, 16)
-    assert made.start(kill_at="sidecar", keys=4).wait(30) == -signal.SIGKILL
+    assert made.start(kill_at="sidecar", keys=4).wait() == -signal.SIGKILL
     out = made.run.shards("count")
     path = shard_path(out, 0)
     for part in out.glob("*.part*"):
@@ -206,12 +246,12 @@ def test_stopped_robbed_and_continued(team, place):
         owner.send_signal(signal.SIGSTOP)
         made.wait_for(lambda: stopped(owner))
     robber = made.start(ttl=0.6)
-    assert robber.wait(30) == 0, made.log(robber)
+    assert robber.wait() == 0, made.log(robber)
     out = made.run.shards("count")
     sidecar = sidecar_path(shard_path(out, 0)).read_text()
     inode = shard_path(out, 0).stat().st_ino
     owner.send_signal(signal.SIGCONT)
-    assert owner.wait(30) == 0, made.log(owner)
+    assert owner.wait() == 0, made.log(owner)
     assert shard_path(out, 0).stat().st_ino == inode
     if place != "sidecar:stop":
         assert sidecar_path(shard_path(out, 0)).read_text() == sidecar
@@ -234,7 +274,7 @@ def test_robbed_while_the_robber_is_at_work(team):
     robber = made.start(ttl=0.5, pause=0.1)
     made.wait_for(lambda: part_path(made.run.shards("count"), 0, 1).exists())
     owner.send_signal(signal.SIGCONT)
-    assert owner.wait(60) == robber.wait(60) == 0
+    assert owner.wait() == robber.wait() == 0
     made.check()
 
 
@@ -255,7 +295,7 @@ def test_signals_flush_release_and_leave(team, numbers, status):
     made.wait_for(lambda: len(made.called()) >= 10)
     for number in numbers:
         worker.send_signal(number)
-    assert worker.wait(20) == status, made.log(worker)
+    assert worker.wait() == status, made.log(worker)
     done = len(made.called())
     assert done < 60
     (lease,) = made.run.leases("count").iterdir()
@@ -263,7 +303,7 @@ def test_signals_flush_release_and_leave(team, numbers, status):
     assert not list(made.run.progress("count").iterdir())
     started = time.monotonic()
     made.finish()
-    assert time.monotonic() - started < 20, "a released lease is free at once"
+    assert time.monotonic() - started < 50, "a released lease is free at once"
     assert len(made.called()) == 60
 
 
@@ -272,9 +312,9 @@ def test_cancelled(team):
     worker = made.start(pause=0.05)
     made.wait_for(lambda: len(made.called()) >= 5)
     made.run.mark(CANCELLED, "by hand")
-    assert worker.wait(20) == 77
+    assert worker.wait() == 77
     idle = made.start()
-    assert idle.wait(20) == 77
+    assert idle.wait() == 77
     made.run.unmark(CANCELLED)
     made.finish()
     assert len(made.called()) == 60
@@ -283,16 +323,16 @@ def test_cancelled(team):
 def test_failures_of_the_mapper(team):
     made = team(30, 10)
     crashed = made.start(crash_at="n:15", concurrency=1)
-    assert crashed.wait(30) == 1
+    assert crashed.wait() == 1
     log = made.log(crashed)
     assert "Traceback" in log and "out of luck" in log and "input 'n:15'" in log
     user = made.start(user_error_at="n:15", concurrency=1)
-    assert user.wait(30) == 2
+    assert user.wait() == 2
     assert made.log(user) == "error: n:15: mend it\n"
-    assert made.start(load_error="user").wait(30) == 2
+    assert made.start(load_error="user").wait() == 2
     started = time.monotonic()
     made.finish()
-    assert time.monotonic() - started < 20, "leases were released"
+    assert time.monotonic() - started < 50, "leases were released"
     assert len(made.called()) == 30, "what was done before a failure was kept"
 
 
@@ -300,31 +340,32 @@ def test_hung_engine_is_robbed_and_ends_itself(team):
     made = team(6, 2)
     hung = made.start(hang_at="n:3", stall=1.0, ttl=0.6, dead=False, concurrency=1)
     helper = made.start(ttl=0.6, dead=False)
-    assert helper.wait(30) == 0
+    assert helper.wait() == 0
     made.check()
-    assert hung.wait(30) == 1
+    assert hung.wait() == 1
     assert "giving up" in made.log(hung) and "time.sleep" not in made.log(hung).splitlines()[0]
 
 
 def test_idle_worker_waits_for_others_or_not(team):
     made = team(4, 4)
-    owner = made.start(pause=0.3, concurrency=1)
-    made.wait_for(lambda: len(made.called()) >= 1)
+    owner = made.start(pause=3600)
+    loads = made.run.stage_dir("count") / "loads"
+    made.wait_for(loads.exists)
     hurried = made.start(wait=False)
-    assert hurried.wait(20) == 0 and owner.poll() is None
+    assert hurried.wait() == 0 and owner.poll() is None
     patient = made.start()
     time.sleep(0.3)
+    assert patient.poll() is None
     owner.kill()
-    assert patient.wait(20) == 0
+    assert patient.wait() == 0
     made.check()
-    loads = (made.run.stage_dir("count") / "loads").read_text().split()
-    assert str(hurried.pid) not in loads
+    assert loads.read_text().split() == [str(owner.pid), str(patient.pid)]
 
 
 def test_many_workers_at_once(team):
     made = team(96, 4)
     workers = [made.start(pause=0.002, wait=False) for _ in range(10)]
-    assert [worker.wait(90) for worker in workers] == [0] * 10
+    assert [worker.wait() for worker in workers] == [0] * 10
     made.check()
     assert max(Counter(made.called()).values()) == 1
 
@@ -336,7 +377,7 @@ def test_input_damaged_or_missing(team):
     broken[20] ^= 1
     path.write_bytes(bytes(broken))
     worker = made.start()
-    assert worker.wait(30) == 2
+    assert worker.wait() == 2
     (line,) = made.log(worker).splitlines()
     assert str(path) in line and "byte 0" in line
     sidecar_path(path).unlink()
@@ -353,7 +394,7 @@ def test_unfinished_work_of_other_inputs_is_refused(team):
     made.start(concurrency=1, kill_at_call=5).wait()
     worked.write_groups(made.run.shards("numbers"), ((f"m:{n}", [{"n": n}]) for n in range(6)))
     worker = made.start()
-    assert worker.wait(30) == 2
+    assert worker.wait() == 2
     assert "key 'n:0', which its input lacks" in made.log(worker)
 
 
@@ -399,7 +440,7 @@ def test_side_inputs_are_joined(tmp_path):
         work(chain, "look")
     worked.write_groups(run.shards("names"), ((str(n), [{"s": str(n)}] * n) for n in range(5)), 2)
     assert work(chain, "look") == 0
-    assert seen["3"] == {"a": [{"n": 3}], "b": [{"s": "3"}] * 3} and len(seen) == 5
+    assert seen["4"] == {"a": [{"n": 4}], "b": [{"s": "4"}] * 4} and len(seen) == 5
     assert len(list(join({"look": run.shards("look"), "a": run.shards("numbers")}))) == 5
 
 

@@ -93,11 +93,13 @@ class Count:
 
 def make(run: Path, options: Mapping[str, object] | None = None) -> Chain:
     settings = {**DEFAULTS, **(options or {})}
+
+    def load(context: Context) -> Count:
+        return Count(context, settings)
+
     stages = [
         Stage("numbers", "job", run=lambda context: None),
-        Stage(
-            "count", "map", {"numbers": "numbers"}, load=lambda context: Count(context, settings)
-        ),
+        Stage("count", "map", {"numbers": "numbers"}, load=load),
     ]
     return Chain(stages, RunDir(run), [sys.executable, __file__])
 
@@ -143,8 +145,8 @@ def kill_at(place: str) -> None:
         os.link = linking
 
 
-def main() -> int:
-    run, *words = sys.argv[1:]
+def main(arguments: list[str]) -> int:
+    run, *words = arguments
     options = dict(word.split("=", 1) for word in words)
     options = {
         name: value if isinstance(DEFAULTS[name], str) else json.loads(value)
@@ -160,4 +162,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
