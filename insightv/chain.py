@@ -304,7 +304,8 @@ class _Stages:
         model = self._trained(name, stage)
         if stage in self.stages:
             return model
-        pairing, as_many_as = rounds.pairs, ()
+        pairing = rounds.pairs
+        as_many_as: tuple[str, ...] = ()
         if paths:
             as_many_as = tuple(f"r{number}-pairs" for number in range(1, rounds.count + 1))
             pairing = replace(

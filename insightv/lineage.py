@@ -133,7 +133,7 @@ class _Teller:
 
     def _question(self) -> Tree:
         for stage, row in self.found.of("answer_type"):
-            root = Tree(_line((self.found.question, "bold"), row["text"]), guide_style="dim")
+            root = Tree(_line((self.found.question, "bold"), f"  {row['text']}"), guide_style="dim")
             root.add(_line("true answer ", (row["answer"], "green"), f" ({row['answer_type']})"))
             about = [
                 row["task"] and f"task {row['task']}",

@@ -234,9 +234,10 @@ def _watched(
 
 def _empty(what: str, counts: Counter[str]) -> str:
     """Why nothing was kept, the commonest reasons first."""
-    dropped = Counter({name: n for name, n in counts.items() if n and not name.startswith("kept")})
-    reasons = ", ".join(f"{name}: {n}" for name, n in dropped.most_common(6))
-    return f"{what} is empty ({reasons or 'there were no paths'}); loosen its keys or ask for more"
+    whys = ("dropped", "no winner", "paths failed", "paths wrong", "paths undecided", "unscored")
+    told = Counter({name: n for name, n in counts.items() if n and name.startswith(whys)})
+    reasons = ", ".join(f"{name}: {n}" for name, n in told.most_common(6))
+    return f"{what} is empty ({reasons or 'no paths came in'}); loosen its keys or sample more"
 
 
 def pairs(

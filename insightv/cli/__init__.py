@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,7 +18,7 @@ from hpc.errors import UserError
 from insightv.cli import models, runs, shards
 
 # Base of all usage errors; typer carries its own copy of click, whose name is private.
-_UsageProblem = typer.BadParameter.__mro__[2]
+_UsageProblem: Any = typer.BadParameter.__mro__[2]
 _INTERRUPTED = 130
 
 
@@ -66,7 +67,7 @@ def _status() -> int:
     except UserError as error:
         return _say(str(error))
     except _UsageProblem as error:
-        message = error.format_message()  # type: ignore[attr-defined]
+        message = error.format_message()
         # Without a message it was a group without a command, whose help has been shown.
         return _say(f"{message} (insightv --help lists commands)") if message else 2
     except (KeyboardInterrupt, typer.Abort):

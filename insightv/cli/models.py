@@ -35,7 +35,10 @@ def why(
     from insightv.lineage import why as lineage
 
     chain = opened(directory)
-    Console(highlight=False).print(lineage(chain.run, chain.stages, key))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(lineage(chain.run, chain.stages, key))
 
 
 def ask(
@@ -83,13 +86,13 @@ async def _ask(
     entry = EntryConfig(
         "ask", "multi_agent", str(reasoning), str(summary), asked.reasoning, asked.answer
     )
-    engines = [load_engine(folder, config.engine, pictures) for folder in (reasoning, summary)]
+    first, last = (load_engine(folder, config.engine, pictures) for folder in (reasoning, summary))
     try:
         prompts = load_prompts(config.models.base.prompts)
-        await ask_and_print(*engines, prompts, question, entry, seed=config.seed)
+        await ask_and_print(first, last, prompts, question, entry, seed=config.seed)
     finally:
-        for engine in engines:
-            await engine.close()
+        await first.close()
+        await last.close()
 
 
 def _agents(run: RunDir) -> tuple[Path, Path]:

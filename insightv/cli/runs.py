@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -178,8 +179,8 @@ def logs(
     """
     chain = opened(directory)
     if stage is not None and stage not in chain.stages:
-        names = ", ".join(chain.stages)
-        raise UserError(f"{chain.run.path}: no stage {stage!r}; it has {names}")
+        known = ", ".join(chain.stages)
+        raise UserError(f"{chain.run.path}: no stage {stage!r}; it has {known}")
     names = [stage] if stage is not None else list(chain.stages)
     if failed:
         names = [
@@ -190,11 +191,11 @@ def logs(
     whole = stage is not None or failed
     for name in names:
         for log in _last_attempt(chain.run.logs(name)):
-            text = log.read_text(errors="replace").splitlines()
+            said = log.read_text(errors="replace").splitlines()
             if whole:
-                print(f"==> {log} <==", *_plain(text[-lines:]), sep="\n")
-            elif text:
-                print(f"{name}: {_plain(text[-1:])[0][:120]}")
+                print(f"==> {log} <==", *map(_plain, said[-lines:]), sep="\n")
+            elif said:
+                print(f"{name}: {_plain(said[-1])[:120]}")
 
 
 def _last_attempt(folder: Path) -> list[Path]:
@@ -207,9 +208,9 @@ def _last_attempt(folder: Path) -> list[Path]:
     return found[max(found)] if found else []
 
 
-def _plain(lines: list[str]) -> list[str]:
-    """Lines without control characters, which could rewrite the terminal."""
-    return ["".join(c if c.isprintable() or c == "\t" else " " for c in line) for line in lines]
+def _plain(line: str) -> str:
+    """The line without control characters, which could rewrite the terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else " " for c in line)
 
 
 def clean(
@@ -237,7 +238,12 @@ def work(run_dir: Path, stage: str) -> int:
     """Payload of one worker."""
     from hpc.work import work as payload
 
-    return payload(opened(run_dir), stage)
+    try:
+        return payload(opened(run_dir), stage)
+    except UserError as error:
+        # The driver repeats the last line of this log as the reason it stops.
+        print(error, file=sys.stderr)
+        return 2
 
 
 def gate(run_dir: Path, stage: str) -> int:

@@ -45,8 +45,8 @@ def verify(path: PathArgument) -> int:
             damaged.append(error)
             continue
         total.update(shards=1, rows=sidecar.rows, bytes=sidecar.bytes, errors=sidecar.errors)
-    for error in damaged[:-1]:
-        typer.echo(f"insightv: {error}", err=True)
+    for known in damaged[:-1]:
+        typer.echo(f"insightv: {known}", err=True)
     if damaged:
         raise damaged[-1]
     print(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -152,7 +153,7 @@ def test_gone_is_told_of_this_kernels_processes_only():
         time.sleep(60)
         os._exit(0)
     child = Owner.here()
-    started = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[19])
+    started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     child = replace(child, pid=pid, started=started)
     assert not gone(child)
     assert gone(replace(child, started=started - 1)), "another process has the number now"

@@ -150,13 +150,15 @@ class Browser:
     def click(self, selector: str) -> None:
         """A real mouse click in the middle of the first match."""
         x, y = self.run(
-            f"(() => {{ const e = document.querySelector({selector!r});"
+            f"(async () => {{ const e = document.querySelector({selector!r});"
             "e.scrollIntoView({block: 'center', behavior: 'instant'});"
+            "await new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)));"
             "const r = e.getBoundingClientRect();"
             "return [r.x + r.width / 2, r.y + r.height / 2] })()"
         )
-        for kind in ("mousePressed", "mouseReleased"):
-            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def type(self, text: str) -> None:
         """Types into whatever has the focus."""

@@ -32,21 +32,7 @@ from insightv.records import PathScore, Question, ReasoningPath, Step, Verdict
 from insightv.steps import parse_steps, render_steps
 
 PROMPTS = load_prompts("default")
-WORDS = ("bar value north south label axis colour height read compare add " "line").split(" ")
-    "bar",
-    "value",
-    "north",
-    "south",
-    "label",
-    "axis",
-    "colour",
-    "height",
-    "read",
-    "compare",
-    "add",
-    "subtract",
-    "line",
-]
+WORDS = ["bar", "value", "north", "south", "label", "axis", "height", "read", "add", "line"]
 
 
 def question(number, answer="7"):

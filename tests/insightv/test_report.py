@@ -196,66 +196,62 @@ def test_filters_and_pages(page, tab):
     paths, questions = data["paths"], data["questions"]
     tab.open(page)
 
-    def shown() -> int:
-        return int(tab.run("document.getElementById('shown').textContent.split(' ')[0]"))
-
     def cards() -> list[str]:
         return tab.run("[...document.querySelectorAll('#cards .card-key')].map(e => e.textContent)")
 
-    assert shown() == len(paths)
-    assert cards() == [path["key"] for path in paths[:12]]
+    def expect(found: list) -> None:
+        """The count and the first page of cards are those of ``found``, soon."""
+        count = f"{len(found)} of {len(paths)} paths"
+        tab.wait(lambda: tab.run("document.getElementById('shown').textContent") == count)
+        assert cards() == [path["key"] for path in found[:12]]
 
+    def choose(name: str, value: str) -> None:
+        tab.run(
+            f"(e => {{ e.value = {value!r};"
+            f" e.dispatchEvent(new Event('input', {{bubbles: true}})) }})"
+            f"(document.getElementById({name!r}))"
+        )
+
+    expect(paths)
     tab.click("#next")
-    assert cards() == [path["key"] for path in paths[12:24]]
+    tab.wait(lambda: cards() == [path["key"] for path in paths[12:24]])
     assert "page 2 of" in tab.run("document.getElementById('turn').textContent")
     tab.click("#back")
-    assert tab.run("document.getElementById('back').disabled") is True
+    tab.wait(lambda: tab.run("document.getElementById('back').disabled"))
 
+    wrong = [path for path in paths if path["outcome"] == "wrong"]
+    assert len(wrong) > 12
     tab.click("input[value=wrong]")
-    assert shown() == sum(path["outcome"] == "wrong" for path in paths) > 12
+    expect(wrong)
     assert tab.run("document.querySelectorAll('#cards .verdict.wrong').length") == 12
     tab.press("ArrowRight")
-    assert shown() == sum(path["outcome"] == "undecided" for path in paths) > 0
+    expect([path for path in paths if path["outcome"] == "undecided"])
 
     tab.click("button[type=reset]")
-    tab.wait(lambda: shown() == len(paths))
-    tab.run(
-        "(e => { e.value = 'Round 1'; e.dispatchEvent(new Event('input', {bubbles: true})) })"
-        "(document.getElementById('round'))"
-    )
-    assert shown() == sum(path["round"] == "Round 1" for path in paths)
-    tab.run(
-        "(e => { e.value = '=max'; e.dispatchEvent(new Event('input', {bubbles: true})) })"
-        "(document.getElementById('task'))"
-    )
-    assert shown() == sum(
-        path["round"] == "Round 1" and questions[path["question"]]["task"] == "max"
-        for path in paths
-    )
+    expect(paths)
+    choose("round", "Round 1")
+    later = [path for path in paths if path["round"] == "Round 1"]
+    expect(later)
+    choose("task", "=max")
+    expect([path for path in later if questions[path["question"]]["task"] == "max"])
 
     tab.click("button[type=reset]")
-    tab.wait(lambda: shown() == len(paths))
+    expect(paths)
     tab.click("input[name=low]")
     tab.type("80")
     tab.press("Tab")
     tab.type("90")
-    expected = [p for p in paths if p["total"] is not None and 80 <= p["total"] <= 90]
-    assert shown() == len(expected) > 0
+    expect([path for path in paths if path["total"] is not None and 80 <= path["total"] <= 90])
 
     tab.click("button[type=reset]")
-    tab.wait(lambda: shown() == len(paths))
+    expect(paths)
     tab.click("#text")
     tab.type("ONERROR=alert")
-    hits = shown()
-    assert 0 < hits < len(paths)
-    assert all(
-        "<img" in text
-        for text in tab.run(
-            "[...document.querySelectorAll('#cards article')].map(e => e.textContent)"
-        )
-    )
+    texts = "[...document.querySelectorAll('#cards article')].map(e => e.textContent)"
+    tab.wait(lambda: all("<img" in text for text in tab.run(texts)))
+    assert tab.run(texts)
     tab.type("nothing has this")
-    assert shown() == 0
+    expect([])
     assert "No path in the sample matches." in tab.run(
         "document.getElementById('cards').textContent"
     )
