@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -42,10 +43,10 @@ class Prose:
         generator = random.Random("prose")
         syllables = [c + v for c in "bdfghklmnprstvz" for v in ("a", "e", "i", "o", "u", "ai")]
         words = ["".join(generator.choices(syllables, k=1 + n % 4)) for n in range(6000)]
-        common = [1 / (rank + 2) for rank in range(len(words))]
+        common = list(itertools.accumulate(1 / (rank + 2) for rank in range(len(words))))
+        ends = [" ", " ", ", ", ". "]
         self.phrases = [
-            " ".join(generator.choices(words, common, k=2))
-            + generator.choice([" ", " ", ", ", ". "])
+            " ".join(generator.choices(words, cum_weights=common, k=2)) + generator.choice(ends)
             for _ in range(60_000)
         ]
 

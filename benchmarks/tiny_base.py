@@ -22,7 +22,8 @@ from insightv.assessment.scoring import render_paths
 from insightv.demo.asking import TASKS, Ask, ask, ask_table, ask_value
 from insightv.demo.charts import Chart, draw
 from insightv.demo.lessons import PROMPTS
-from insightv.demo.pretrain import FOLDER, random_chart
+from insightv.demo.pretrain import FOLDER
+from insightv.demo.teaching import random_chart
 from insightv.steps import parse_steps, render_steps
 
 BATCH = 64
@@ -43,7 +44,9 @@ class Reader:
             texts = [f"<s><user><image>{p}<assistant>" for p in prompts[start : start + BATCH]]
             images = [draw(chart) for chart in charts[start : start + BATCH]]
             inputs = self.processor(text=texts, images=images, return_tensors="pt", padding=True)
-            how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}  # fmt: skip
+            how = {"do_sample": False}
+            if temperature:
+                how = {"do_sample": True, "temperature": temperature, "top_k": 0}
             with torch.autocast("cpu", torch.bfloat16):
                 ids = self.model.generate(**inputs, max_new_tokens=tokens, pad_token_id=0, **how)
             replies = ids[:, inputs["input_ids"].shape[1] :]
@@ -94,7 +97,10 @@ def measure(folder: Path, count: int) -> dict:
     tables = read(charts, prompts, 32)
     exact = [t == ask_table(c.table).answer for c, t in zip(charts, tables, strict=True)]
     result["transcribed exactly"] = {
-        kind: round(float(np.mean([e for e, c in zip(exact, charts, strict=True) if c.style.kind == kind])), 3)  # fmt: skip
+        kind: round(
+            float(np.mean([e for e, c in zip(exact, charts, strict=True) if c.style.kind == kind])),
+            3,
+        )  # fmt: skip
         for kind in ("bar", "hbar", "line", "lollipop", "table")
     } | {"all": round(float(np.mean(exact)), 3)}
     asked = [ask_value(c.table, rng.choice(c.labels)) for c in charts]
@@ -117,12 +123,14 @@ def measure(folder: Path, count: int) -> dict:
     result["sampled, T 0.8"] = by_task(drawn, [float(np.mean(r)) for r in right])
     result["pass@4"] = by_task(drawn, [any(r) for r in right])
     majority = [max(set(four), key=four.count) for four in found]
-    result["majority of 4"] = by_task(drawn, [m == t for m, t in zip(majority, truths, strict=True)])
-    result |= scored(read, drawn, list(zip(*texts, strict=True)), found, right)
+    result["majority of 4"] = by_task(
+        drawn, [m == t for m, t in zip(majority, truths, strict=True)]
+    )
+    result |= scored(read, drawn, list(zip(*texts, strict=True)), right)
     return result
 
 
-def scored(read, drawn, texts, found, right) -> dict:
+def scored(read, drawn, texts, right) -> dict:
     """The scorer's choice among the four paths, and its AUC over all of them."""
     shown = [render_paths([render_steps(parse_steps(t).steps) for t in four]) for four in texts]
     prompts = [
@@ -131,7 +139,7 @@ def scored(read, drawn, texts, found, right) -> dict:
     ]
     replies = read([c for c, _ in drawn], prompts, 90)
     best, scores, labels, parsed = [], [], [], 0
-    for reply, answers, hits in zip(replies, found, right, strict=True):
+    for reply, hits in zip(replies, right, strict=True):
         marks, _ = parse_scores(reply, 4)
         totals = [marks[k].total if k in marks else 0 for k in range(1, 5)]
         parsed += len(marks) == 4

@@ -204,6 +204,11 @@ class Leases:
                 found[index] = state[0]
         return found
 
+    def clear(self) -> None:
+        """Removes every lease of a complete stage: those of owners killed after their commit."""
+        for index, generation in self._list().items():
+            lease_path(self.directory, index, generation).unlink(missing_ok=True)
+
     def _list(self) -> dict[int, int]:
         """Index to the highest generation that has a lease."""
         held: dict[int, int] = {}

@@ -24,7 +24,15 @@ from hpc.leases import Lease, Leases, LostLease, Owner, gone
 from hpc.reading import join_shard
 from hpc.rundir import Chain
 from hpc.shards import Limits, ShardWriter, adopt
-from hpc.sidecars import Sidecar, list_folder, part_path, shard_path, sidecar_path, sidecars
+from hpc.sidecars import (
+    Sidecar,
+    list_folder,
+    part_path,
+    remove_parts,
+    shard_path,
+    sidecar_path,
+    sidecars,
+)
 from hpc.stages import Mapper, Row, Stage
 
 _TICK = 0.5
@@ -128,6 +136,8 @@ class Worker:
             self._put_down()
             self._ended.set()
             self._context.hush()
+            if self._complete:
+                self._sweep()
 
     # ---- claiming
 
@@ -324,6 +334,12 @@ class Worker:
             with self._lock:
                 del self._claims[claim.index]
                 claim.lease.close() if claim.lost else claim.lease.release()
+
+    def _sweep(self) -> None:
+        """Removes what owners left that were killed, or lost, after their shard was complete."""
+        self._leases.clear()
+        for index, generation in list_folder(self._out).generations.items():
+            remove_parts(self._out, index, generation)
 
     async def _close(
         self, mapper: Mapper, calls: dict[asyncio.Task[list[Row]], tuple[_Claim, str]]

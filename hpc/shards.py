@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -364,7 +365,8 @@ def repair(path: Path, source: Path | None = None) -> Repair:
     else:
         named = set()
     if source is not None:
-        named |= {entry.key for entry in read_entries(source)}
+        with suppress(ShardError):  # The input may be damaged, too.
+            named |= {entry.key for entry in read_entries(source)}
     with disk_errors(path):
         sidecar_path(path).unlink(missing_ok=True)
         if aside is not None:

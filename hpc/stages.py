@@ -43,10 +43,15 @@ class Mapper(Protocol):
 class Context(Protocol):
     """What a payload may know of the run it works in."""
 
-    run: Path
-    """The run directory."""
-    directory: Path
-    """This stage's own directory, ``run/stages/<stage>``."""
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        ...
+
+    @property
+    def directory(self) -> Path:
+        """This stage's own directory, ``run/stages/<stage>``."""
+        ...
 
     def shards(self, role: str) -> Path:
         """The shard folder of the input stage bound to ``role``."""

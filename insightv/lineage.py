@@ -17,23 +17,25 @@ from rich.text import Text
 from rich.tree import Tree
 
 from hpc.errors import UserError
-from hpc.frames import Entry
 from hpc.rundir import RunDir
 from hpc.shards import read_entries, shard_path, sidecars
 from hpc.stages import Row, Stage
 
 _CONTROL = re.compile(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_PATH = re.compile(r"(?P<question>.+)/r\d+/p\d+")
+_KEY = re.compile(
+    r"(?:(?:reasoning|summary):)?(?P<question>[^/@]+?)(?:/r\d+/p\d+)?"
+    r"(?:/(?:reasoning|direct|multi_turn|summary|plain)|@.+)?"
+)
 
 
 def question_of(key: str) -> str:
-    """The question's key within the key of a path, pair, prediction or question.
+    """The question's key within the key of a path, pair, sample, prediction or question.
 
     >>> question_of("charts:train:7/r1/p0|charts:train:7/r1/p3")
     'charts:train:7'
     """
-    first = key.split("|", 1)[0].rpartition("@")[0] or key.split("|", 1)[0]
-    match = _PATH.match(first)
+    first = key.split("|", 1)[0]
+    match = _KEY.fullmatch(first)
     return match["question"] if match else first
 
 
@@ -63,12 +65,17 @@ class Trace:
         """Path key to its stage and row."""
         return {row["key"]: (stage, row) for stage, row in self.of("steps")}
 
+    @property
+    def failed_paths(self) -> list[tuple[str, Row]]:
+        """(stage, row) of paths that came to nothing."""
+        return [(stage, row) for stage, row in self.of("reason") if "path" not in row]
+
 
 def trace(run: RunDir, stages: Mapping[str, Stage], key: str) -> Trace:
     """Collects the rows of the question behind ``key`` from every stage that has shards.
 
-    The index of the question's shard, once known, is the same in every map stage behind
-    it; only the sets that jobs wrote are searched from their beginning.
+    The index of the question's shard is the same in a map stage as in its input, so only
+    what jobs wrote (questions, sets, pairs) is searched.
     """
     found = Trace(question_of(key))
     places: dict[str, int] = {}
@@ -76,25 +83,30 @@ def trace(run: RunDir, stages: Mapping[str, Stage], key: str) -> Trace:
         folder = run.shards(name)
         indices = sorted(sidecars(folder)) if folder.is_dir() else []
         first = next(iter(stage.inputs.values()), "")
-        if stage.kind == "map" and first in places:
-            indices = [index for index in indices if index == places[first]]
-        elif stage.kind == "map":
-            continue  # walks a set in which the question does not stand
+        if stage.kind == "map":
+            indices = [index for index in indices if index == places.get(first)]
         for index in indices:
-            entry = _entry(shard_path(folder, index), found.question)
-            if entry is None:
-                continue
-            places[name] = index
-            if entry.error:
-                found.errors[name] = entry.error
-            found.rows[name] = [json.loads(row) for row in entry.rows]
-            break
+            if _read(found, name, shard_path(folder, index)):
+                places[name] = index
+                break
     return found
 
 
-def _entry(shard: Path, key: str) -> Entry | None:
-    """What a shard holds under a key; None if it does not know it."""
-    return next((entry for entry in read_entries(shard) if entry.key == key), None)
+def _read(found: Trace, stage: str, shard: Path) -> bool:
+    """Adds what a shard holds about the question; whether the question is a key of its own."""
+    for entry in read_entries(shard):
+        if found.question not in entry.key:
+            continue
+        rows = [json.loads(row) for row in entry.rows]
+        own = entry.key == found.question
+        rows = [row for row in rows if own or row.get("question") == found.question]
+        if rows:
+            found.rows.setdefault(stage, []).extend(rows)
+        if own:
+            if entry.error:
+                found.errors[stage] = entry.error
+            return True
+    return False
 
 
 def why(run: RunDir, stages: Mapping[str, Stage], key: str) -> Tree:
@@ -127,7 +139,7 @@ class _Teller:
             self._sample(root, *samples[-1])
         elif predictions:
             self._prediction(root, *predictions[-1])
-        else:
+        elif not self._failures(root, key):
             raise UserError(self._missing(key))
         return root
 
@@ -163,10 +175,19 @@ class _Teller:
             branch = root.add(_line((key, "cyan"), f" → {row['answer']!r}  ", self._verdict(key)))
             branch.add(_line(f"{len(row['steps'])} steps, {row['finish']}, {stage}", style="dim"))
             self._uses(branch, key)
+        self._failures(root)
         for stage, row in self.found.of("entry"):
             root.add(
                 _line((row["key"], "cyan"), f" → {row['answer']!r}  ", _right(row), f"  {stage}")
             )
+
+    def _failures(self, root: Tree, key: str = "") -> bool:
+        """Paths without a usable step (or the one of that key); whether there are any."""
+        rows = [(s, row) for s, row in self.found.failed_paths if not key or row["key"] == key]
+        for stage, row in rows:
+            branch = root.add(_line((row["key"], "cyan"), (" failed: ", "red"), row["reason"]))
+            branch.add(_line(f"{stage}: {row['text']}", style="dim"))
+        return bool(rows)
 
     def _path(self, root: Tree, key: str, label: str = "") -> None:
         """A path in full, what was thought of it, and what it went into."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,7 +55,7 @@ class PictureWriter:
     def _close_pack(self) -> None:
         if self._zip is not None:
             self._zip.close()
-            os.replace(self._pack().with_suffix(".zip.part"), self._pack())
+            self._pack().with_suffix(".zip.part").replace(self._pack())
             self._packs += 1
             self._zip = None
 

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, Self
 
 AnswerType = Literal["number", "label", "choice", "yes_no", "list", "text"]
@@ -40,7 +40,7 @@ class Record:
         Raises:
             RecordFormatError: A field is missing or unknown.
         """
-        hints = _hints(cls)
+        hints = _hints(typing.cast(Any, cls))
         unknown = row.keys() - hints.keys()
         if unknown:
             raise RecordFormatError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}")
@@ -304,8 +304,8 @@ def seed_for(run_seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-@lru_cache(maxsize=None)
-def _hints(cls: type) -> dict[str, Any]:
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

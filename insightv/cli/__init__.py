@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from hpc.errors import UserError
-from insightv.cli import models, runs, shards
+from insightv.cli import models, runs, shards, training
 
 # Base of all usage errors; typer carries its own copy of click, whose name is private.
 _UsageProblem: Any = typer.BadParameter.__mro__[2]
@@ -53,6 +53,7 @@ def _root(
 runs.add_to(app)
 models.add_to(app)
 app.add_typer(shards.app, name="shards", rich_help_panel="Look")
+app.add_typer(training.app, name="train", rich_help_panel="Single steps")
 
 
 def main() -> None:
@@ -70,13 +71,14 @@ def _status() -> int:
         message = error.format_message()
         # Without a message it was a group without a command, whose help has been shown.
         return _say(f"{message} (insightv --help lists commands)") if message else 2
-    except (KeyboardInterrupt, typer.Abort):
-        print("insightv: interrupted; the same command goes on from here", file=sys.stderr)
-        return _INTERRUPTED
+    except typer.Abort:
+        status = _INTERRUPTED
     except BrokenPipeError:
         # The reader has left (`… | head`); Python must not complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if status == _INTERRUPTED:  # typer turns Ctrl-C into this status
+        print("insightv: interrupted; the same command goes on from here", file=sys.stderr)
     return status if isinstance(status, int) else 0
 
 

@@ -105,9 +105,7 @@ def _agents(run: RunDir) -> tuple[Path, Path]:
     found = [path for path in [run.models / "reasoning", *rounds] if path.is_dir()]
     summary = run.models / "summary"
     if not found or not summary.is_dir():
-        raise UserError(
-            f"{run.path}: both agents are not trained yet; `insightv status` tells more"
-        )
+        raise UserError(f"{run.path}: the agents are not trained yet; see `insightv status`")
     return found[-1], summary
 
 

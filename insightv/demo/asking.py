@@ -77,9 +77,9 @@ def _only(values: dict[str, int], wanted: int) -> str | None:
 def _difference(table: Table, args: Args) -> Ask | None:
     a, b, wording = args
     high, low = max(table[a], table[b]), min(table[a], table[b])
-    text = f"How far apart are {a} and {b}?" if wording else f"What is the difference between {a} and {b}?"  # fmt: skip
+    what = "How far apart are" if wording else "What is the difference between"
     work = (("Subtract", f"{high} - {low} = {high - low}"),)
-    return Ask("difference", args, text, str(high - low), "number", (a, b), work)
+    return Ask("difference", args, f"{what} {a} and {b}?", str(high - low), "number", (a, b), work)
 
 
 def _sum(table: Table, args: Args) -> Ask | None:
@@ -139,7 +139,8 @@ def _trend(table: Table, args: Args) -> Ask | None:
     values = [table[label] for label in labels]
     steps = list(zip(values, values[1:], strict=False))
     letter = "A" if all(a < b for a, b in steps) else "B" if all(a > b for a, b in steps) else "C"
-    text = f"From {labels[0]} to {labels[-1]} do the values (A) only rise, (B) only fall, (C) neither?"  # fmt: skip
+    span = f"From {labels[0]} to {labels[-1]}"
+    text = f"{span} do the values (A) only rise, (B) only fall, (C) neither?"
     signs = " ".join("up" if b > a else "down" if b < a else "same" for a, b in steps)
     work = (("Compare", signs),)
     options = ("only rise", "only fall", "neither")

@@ -154,7 +154,9 @@ def _frame(chart: Chart) -> _Frame:
     style = chart.style
     if style.kind == "table":
         row = 18 if len(chart.labels) <= 5 else 17
-        return _Frame(6 + style.shift, 8 + style.shift, 120, 8 + style.shift + row * len(chart.labels))
+        return _Frame(
+            6 + style.shift, 8 + style.shift, 120, 8 + style.shift + row * len(chart.labels)
+        )
     if style.kind == "hbar":
         widest = max(_glyph(label, style.font).width for label in chart.labels)
         return _Frame(int(widest) + 5, 4 + style.shift, SIZE - 14, SIZE - 14)
@@ -166,12 +168,13 @@ def _draw_columns(image: Image.Image, pen: ImageDraw.ImageDraw, chart: Chart) ->
     style, frame = chart.style, _frame(chart)
     height, slot = frame.bottom - frame.top, (frame.right - frame.left) / len(chart.labels)
     for k in range(5):
-        y = round(frame.bottom - height * k / 4)
+        level = round(frame.bottom - height * k / 4)
         if style.grid and k:
-            pen.line((frame.left, y, frame.right, y), fill=(210, 210, 210))
+            pen.line((frame.left, level, frame.right, level), fill=(210, 210, 210))
         if k % 2 == 0:
             text = _glyph(str(style.axis * k // 4), style.font - 1)
-            _print(image, text, frame.left - 3 - text.width, y - text.height // 2, (90, 90, 90))
+            left, top = frame.left - 3 - text.width, level - text.height // 2
+            _print(image, text, left, top, (90, 90, 90))
     pen.line((frame.left, frame.bottom, frame.right, frame.bottom), fill=(0, 0, 0))
     pen.line((frame.left, frame.top, frame.left, frame.bottom), fill=(0, 0, 0))
     centres = [frame.left + slot * (k + 0.5) for k in range(len(chart.labels))]

@@ -100,4 +100,3 @@ def _spoil(content: str, other: str) -> str:
     if " = " in content and " = " in other:
         return content.rsplit(" = ", 1)[0] + " = " + other.rsplit(" = ", 1)[1]
     return other
-

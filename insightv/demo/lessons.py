@@ -114,7 +114,9 @@ def shape_lessons(pairs: Sequence[tuple[str, str]]) -> list[Lesson]:
 
 
 def _table(table: Table) -> Lesson:
-    return Lesson((PROMPTS.render("direct", question=ask_table(table).text), ask_table(table).answer))
+    return Lesson(
+        (PROMPTS.render("direct", question=ask_table(table).text), ask_table(table).answer)
+    )
 
 
 def _value(table: Table, label: str) -> Lesson:
@@ -152,7 +154,5 @@ def _judge(table: Table, rng: random.Random) -> Lesson:
     question = draw_question(table, rng)
     other = solve(question, misread(table, question.needed, rng))
     given = other.answer if other is not None and rng.random() < 0.6 else question.answer
-    prompt = PROMPTS.render(
-        "judge", question=question.text, truth=question.answer, answer=given
-    )
+    prompt = PROMPTS.render("judge", question=question.text, truth=question.answer, answer=given)
     return Lesson((prompt, "yes" if given == question.answer else "no"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlavaForConditionalGeneration
 
 from insightv.demo import tiny
 from insightv.demo.asking import Ask
@@ -29,8 +29,8 @@ class Sampled:
 
 @torch.no_grad()
 def sample_own_paths(
-    model: LlavaForConditionalGeneration,
-    tokenizer: object,
+    model: Any,
+    tokenizer: Any,
     rng: random.Random,
     make: Callable[[random.Random], Chart],
     questions: int = 640,
@@ -53,8 +53,8 @@ def sample_own_paths(
 
 @torch.no_grad()
 def write_steps(
-    model: LlavaForConditionalGeneration,
-    tokenizer: object,
+    model: Any,
+    tokenizer: Any,
     charts: Sequence[Chart],
     asked: Sequence[Ask],
     paths: int,
@@ -65,7 +65,7 @@ def write_steps(
         "<s><user>" + "<image>" * tiny.TOKENS + PROMPTS.render("reasoning", question=q.text)
         for q in asked
     ]
-    encoded = tokenizer(  # type: ignore[operator]
+    encoded = tokenizer(
         [prompt + "<assistant>" for prompt in prompts],
         add_special_tokens=False,
         padding=True,
@@ -82,7 +82,7 @@ def write_steps(
             temperature=temperature,
             top_k=0,
             num_return_sequences=paths,
-            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
+            pad_token_id=tokenizer.pad_token_id,
         )
     replies = out[:, encoded["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(replies, skip_special_tokens=True)  # type: ignore[attr-defined]
+    return tokenizer.batch_decode(replies, skip_special_tokens=True)

@@ -45,7 +45,8 @@ FRAMES = (
 CHAT = (
     "<s>{% for m in messages %}{% if m['role'] == 'user' %}<user>"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
     "{% else %}<assistant>"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{{ c['text'] }}{% endfor %}{% endif %}</s>{% endif %}{% endfor %}"
@@ -130,7 +131,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """The untrained model, 2.6 million parameters."""
-    picture = tokenizer.convert_tokens_to_ids("<image>")
+    picture: Any = tokenizer.convert_tokens_to_ids("<image>")
     vision = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -158,11 +159,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         initializer_range=0.04,
         **ids,
     )
+    names: dict[str, Any] = {"image_token_id": picture}  # beside image_token_index, its old name
     config = LlavaConfig(
         vision_config=vision,
         text_config=language,
         image_token_index=picture,
-        image_token_id=picture,
+        **names,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
         projector_hidden_act="gelu",

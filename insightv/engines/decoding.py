@@ -8,7 +8,7 @@ out; and rows that are done leave the batch, where ``generate`` carries them to 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -48,16 +48,16 @@ def decode_rows(
     """
     mask = inputs["attention_mask"]
     padded = not bool(mask.all())
-    mrope = any(hasattr(module, "rope_deltas") for module in _shells(model))
     options: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
-    if not mrope:  # rotary positions of several dimensions are the model's own affair
-        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    output = model(**inputs, **options, use_cache=True)
+    positions = _Positions(model)
+    output = model(**inputs, **options, **positions.of_prompts(mask), use_cache=True)
     logits, cache = output.logits[:, -1], output.past_key_values
+    positions.start(mask)
     rows = torch.tensor(owners, device=mask.device)
     if list(owners) != list(range(len(mask))):
         logits, mask = logits[rows], mask[rows]
-        _select(model, cache, rows)
+        positions.select(rows)
+        cache.batch_select_indices(rows)
     sampler = RowSampler(requests, limits, inputs["input_ids"][rows], mask)
     stopper = RowStopper(requests, limits, tokenizer, ends, mask.device)
     while True:
@@ -71,17 +71,56 @@ def decode_rows(
             token, mask = token[kept], mask[kept]
             sampler.select(kept)
             stopper.select(kept)
-            _select(model, cache, kept)
+            positions.select(kept)
+            cache.batch_select_indices(kept)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        if not mrope:
-            options["position_ids"] = mask.sum(-1, keepdim=True) - 1
         logits = model(
             input_ids=token[:, None],
             attention_mask=mask if padded else None,
+            position_ids=positions.following(),
             past_key_values=cache,
             use_cache=True,
             **options,
         ).logits[:, -1]
+
+
+class _Positions:
+    """Where the rows' next tokens stand, in one dimension or (M-RoPE) in three.
+
+    A model with M-RoPE places pictures in a plane; it computes the positions of a prompt
+    itself and leaves in ``rope_deltas`` how far each row's next text is off its place in
+    the line. It leaves nothing for prompts without pictures, which it counts with padding.
+    """
+
+    def __init__(self, model: Any):
+        shells = [model, getattr(model, "model", None)]
+        self._owner = next((shell for shell in shells if hasattr(shell, "rope_deltas")), None)
+        if self._owner is not None:
+            self._owner.rope_deltas = None  # of an earlier batch
+
+    def of_prompts(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The positions of the prompts, where the model does not find them itself."""
+        if self._owner is not None:
+            return {}
+        return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+    def start(self, mask: torch.Tensor) -> None:
+        """Takes up after the prompts have been read."""
+        self._next = mask.sum(-1, keepdim=True)
+        if self._owner is not None:
+            deltas = self._owner.rope_deltas
+            whole = torch.full_like(self._next, mask.shape[1])
+            self._next = whole if deltas is None else self._next + deltas
+            self._owner.rope_deltas = None
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Goes on with these rows only."""
+        self._next = self._next[rows]
+
+    def following(self) -> torch.Tensor:
+        """Positions of the next token, shape (rows, 1), or (3, rows, 1) with M-RoPE."""
+        positions, self._next = self._next, self._next + 1
+        return positions if self._owner is None else positions.expand(3, -1, -1)
 
 
 class RowSampler:
@@ -254,21 +293,6 @@ def _closing_tokens(tokenizer: Any, characters: frozenset[str]) -> list[bool]:
         or (unsure and ("\ufffd" in text or not text.strip()))
         for text in texts
     ]
-
-
-def _select(model: Any, cache: Any, rows: torch.Tensor) -> None:
-    """Keeps these rows of the cache, and of the position offsets that some models remember."""
-    cache.batch_select_indices(rows)
-    for module in _shells(model):
-        if getattr(module, "rope_deltas", None) is not None:
-            module.rope_deltas = module.rope_deltas[rows]
-
-
-def _shells(model: Any) -> Iterator[Any]:
-    """The model and the one it wraps."""
-    yield model
-    if hasattr(model, "model"):
-        yield model.model
 
 
 def _keeps_logits(model: Any) -> bool:

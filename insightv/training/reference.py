@@ -15,7 +15,7 @@ from insightv.pictures import Pictures
 from insightv.training.batches import Encoder, Example, TooLong, micro_batches
 from insightv.training.config import ReferenceConfig
 from insightv.training.objectives import segment_sums
-from insightv.training.torch_backend import autocast, token_logps
+from insightv.training.torch_backend import LogProbs
 
 
 class Reference:
@@ -35,7 +35,8 @@ class Reference:
         self.concurrency = config.concurrency
         self._config = config
         loaded = models.load(model, device=config.device, dtype="float32")
-        self._model, self.digest = loaded.model, loaded.digest
+        self._device, self.digest = str(loaded.model.device), loaded.digest
+        self._logps = LogProbs(loaded.model, config.precision)
         self._pad: int = loaded.tokenizer.pad_token_id
         self._encoder = Encoder(
             loaded.processor, pictures, config.max_length, config.picture_cache_mb
@@ -116,13 +117,10 @@ class Reference:
         marked = [
             Example(f"{place:09d}", example.replies) for place, example in enumerate(examples)
         ]
-        device = str(self._model.device)
         values: dict[int, tuple[float, float]] = {}
         for batch in micro_batches(marked, self._pad, self._config.tokens_per_batch):
-            batch = batch.to(device)
-            with autocast(self._config.precision, device):
-                logps = token_logps(self._model, batch)
-            sums = segment_sums(logps, batch.segments, batch.replies).tolist()
+            batch = batch.to(self._device)
+            sums = segment_sums(self._logps(batch), batch.segments, batch.replies).tolist()
             for number, key in enumerate(batch.keys):
                 values[int(key)] = (sums[2 * number], sums[2 * number + 1])
         return [values[place] for place in range(len(examples))]

@@ -159,6 +159,18 @@ def test_bf16_trains_as_fp32_does(pictures, tmp_path):
     assert last["bf16"][-1] == pytest.approx(last["fp32"][-1], rel=0.2)
 
 
+def test_attention_by_products_is_attention(pictures, monkeypatch):
+    """Short batches in bf16 on a CPU take another road to the same loss, and only they."""
+    backend = TorchBackend(family("llava"), config(precision="bf16"))
+    batches = micro_batches(examples(backend, pictures), backend.pad_token, 10**6)
+    assert backend.model.config._attn_implementation == "sdpa"
+    short = backend.loss(batches[0], Supervised())
+    assert backend.model.config._attn_implementation == "eager"
+    monkeypatch.setattr(torch_backend, "SHORT", 8)
+    assert backend.loss(batches[0], Supervised()) == pytest.approx(short, rel=2e-3)
+    assert backend.model.config._attn_implementation == "sdpa"
+
+
 def test_what_is_dropped_is_told(pictures, tmp_path):
     store_, ids = pictures
     rows = sample_rows([*ids[:2], "f" * 64])

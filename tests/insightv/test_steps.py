@@ -84,7 +84,8 @@ NASTY: list[tuple[str, list[Step], str]] = [
         "not valid",
     ),
     (
-        '{"title": "a", "content": "say \\"hi\\" {\\"title\\": \\"q\\"}", "next_action": "continue"}',
+        '{"title": "a", "content": "say \\"hi\\" {\\"title\\": \\"q\\"}",'
+        ' "next_action": "continue"}',
         [Step("a", 'say "hi" {"title": "q"}', "continue")],
         "",
     ),

@@ -13,8 +13,8 @@ from insightv.assessment.scoring import Marks, render_scores
 from insightv.demo.asking import TASKS, ask, worked_steps
 from insightv.demo.charts import draw
 from insightv.demo.lessons import draw_question, mixed_lessons, scoring_lesson
-from insightv.demo.pretrain import random_chart
 from insightv.demo.tables import vocabulary
+from insightv.demo.teaching import random_chart
 from insightv.steps import render_steps
 
 FOLDER = Path(insightv.__file__).parent / "demo" / "model"
@@ -120,7 +120,9 @@ def test_it_reads_charts_it_has_never_seen(loaded):
     assert exact >= 24, f"{exact} of {len(charts)} charts"
     blank = draw(charts[0]).point(lambda _: 255)
     wanted = ", ".join(f"{label} {value}" for label, value in charts[0].table.items())
-    assert answer_of(model, processor, blank, "List every label with its value. Answer.", 30) != wanted
+    assert (
+        answer_of(model, processor, blank, "List every label with its value. Answer.", 30) != wanted
+    )
 
 
 def test_it_writes_steps(loaded):

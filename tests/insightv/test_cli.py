@@ -1,0 +1,270 @@
+"""The command line: what users get wrong ends in one line and status 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hpc.config import dump
+from hpc.rundir import RunDir
+from hpc.shards import write_groups
+from insightv import cli
+from insightv.config import read
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "chain"
+SMOKE = str(CONFIGS / "smoke.yaml")
+
+
+@pytest.fixture
+def insightv(monkeypatch, capsys):
+    """Runs the command in this process; returns (status, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["insightv", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def refused(result: tuple[int, str, str], *told: str) -> None:
+    """Status 2, and one line on stderr that says it all."""
+    status, _, err = result
+    assert status == 2, err
+    assert err.startswith("insightv: ") and err.count("\n") == 1, err
+    for part in told:
+        assert part in err
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run directory in which nothing has been made."""
+    folder = tmp_path / "run"
+    RunDir(folder).create()
+    (folder / "chain.yaml").write_text(dump(read(Path(SMOKE))))
+    return folder
+
+
+def test_help_lists_the_commands_on_one_page(insightv):
+    status, out, _ = insightv("--help")
+    assert status == 0
+    assert out.count("\n") < 50
+    listed = [name for name in ("run", "status", "ask", "why", "train", "shards") if name in out]
+    assert len(listed) == 6
+    for hidden in ("work", "gate"):
+        assert f"│ {hidden} " not in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run"],
+        ["status"],
+        ["retry"],
+        ["cancel"],
+        ["logs"],
+        ["clean"],
+        ["report"],
+        ["ask"],
+        ["why"],
+        ["evaluate"],
+        ["train", "sft"],
+        ["train", "dpo"],
+        ["shards", "verify"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_explains_itself(words, insightv):
+    status, out, err = insightv(*words, "--help")
+    assert (status, err) == (0, "")
+    assert f"insightv {' '.join(words)}" in out
+
+
+def test_version(insightv):
+    status, out, _ = insightv("--version")
+    assert status == 0 and out.startswith("insightv 0.")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["rn", "x"], "Did you mean 'run'?"),
+        (["run"], "Missing argument"),
+        (["run", "no.yaml"], "no.yaml: No such file"),
+        (["run", SMOKE, "rounds.dpo.betta=1"], "did you mean rounds.dpo.beta?"),
+        (["run", SMOKE, "seed=many"], "seed is 'many', expected int"),
+        (["run", SMOKE, "seed"], "expected key=value"),
+        (["run", SMOKE, "models.base.path=/no/model"], "no folder /no/model"),
+        (["run", SMOKE, "evaluation.entries=[bass]"], "did you mean base?"),
+        (["status", "/no/run"], "/no/run is no run directory"),
+        (["retry", "/no/run"], "is no run directory"),
+        (["why", "a:b:1", "/no/run"], "is no run directory"),
+        (["shards", "verify", "/no/shards"], "no shards here"),
+        (["shards", "cat", "/no/shard/00000.jsonl.zst"], "there is no such shard"),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_line(words, told, insightv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(insightv(*words), told)
+    assert not list(tmp_path.rglob("chain.yaml"))
+
+
+def test_unwritable_run_directory(insightv, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(insightv("run", SMOKE, "--run-dir", tmp_path / "file" / "run"), "cannot write")
+
+
+def test_wrong_model_folders(insightv, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    refused(insightv("run", SMOKE, f"models.base.path={folder}"), "is no model")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "model.safetensors").write_bytes(b"\0" * 64)
+    run_dir = tmp_path / "run"
+    words = ["evaluation.entries=[base]", "questions.charts.test=2", "questions.shapes.test=0"]
+    words += [f"models.base.path={folder}", "--run-dir", run_dir]
+    result = insightv("run", SMOKE, *words)
+    assert result[0] == 2
+    last = result[2].splitlines()[-1]
+    assert last.startswith("insightv: stage ") and str(folder) in last
+    assert "Traceback" not in result[2]
+
+
+def test_status_of_a_run_that_has_not_begun(insightv, run):
+    status, out, _ = insightv("status", run, "--json")
+    found = json.loads(out)
+    assert status == 0 and found["state"] == "incomplete"
+    assert {stage["state"] for stage in found["stages"]} == {"waiting"}
+    assert "questions-train" in insightv("status", run)[1]
+
+
+def test_cancelling_what_does_not_run(insightv, run):
+    refused(insightv("cancel", run), "nothing runs here")
+
+
+def test_logs(insightv, run):
+    folder = run / "stages" / "r0-generate" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "a0-0.log").write_text("old\n")
+    (folder / "a1-0.log").write_text("first\nlast \x1b[2Jword\n")
+    assert insightv("logs", run)[1] == "r0-generate: last  [2Jword\n"
+    whole = insightv("logs", run, "r0-generate")[1]
+    assert "first" in whole and "old" not in whole and "\x1b" not in whole
+    assert "first" not in insightv("logs", run, "r0-generate", "-n", 1)[1]
+    assert insightv("logs", run, "--failed")[1] == ""
+    (folder.parent / "stage.json").write_text("{}")
+    assert "last" in insightv("logs", run, "--failed")[1]
+    refused(insightv("logs", run, "r9-generate"), "no stage 'r9-generate'", "r0-generate")
+
+
+def test_clean_plans_and_deletes_nothing_of_an_unfinished_run(insightv, run):
+    status, out, _ = insightv("clean", run, "--plan")
+    assert status == 0 and "0.00 MiB" in out
+
+
+def test_why_of_an_unknown_key(insightv, run):
+    refused(insightv("why", "charts:train:0/r0/p0", run), "no question 'charts:train:0'")
+
+
+def test_ask_refuses_what_is_no_picture(insightv, run, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
+    refused(insightv("ask", run, tmp_path / "good.png", "What?"), "the agents are not trained yet")
+    for name in ("reasoning", "reasoning-r1", "summary"):
+        (run / "models" / name).mkdir(parents=True)
+    refused(insightv("ask", run, tmp_path / "no.png", "What?"), "no.png: No such file")
+    refused(insightv("ask", run, tmp_path, "What?"), "Is a directory")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    refused(insightv("ask", run, broken, "What?"), "broken.png cannot be decoded")
+    refused(insightv("ask", run, tmp_path / "good.png", "What?"), "reasoning-r1 is no model folder")
+
+
+def test_evaluate_needs_the_models(insightv, run):
+    refused(insightv("evaluate", run, "multi_agent"), "needs stage sft-reasoning")
+    refused(insightv("evaluate", run, "multi_agent", "--split", "train"), "validation or test")
+    refused(insightv("evaluate", run, "multi-agnt"), "did you mean multi_agent?")
+
+
+@pytest.fixture
+def shard(tmp_path) -> Path:
+    groups = [(f"k{n}", [{"text": f"{n}" * 50}]) for n in range(300)]
+    write_groups(tmp_path / "shards", groups, per_shard=300)
+    return tmp_path / "shards" / "00000.jsonl.zst"
+
+
+def test_shards_verify_and_cat(insightv, shard):
+    status, out, _ = insightv("shards", "verify", shard.parent.parent)
+    assert status == 0 and out.startswith("1 shards whole: 300 rows")
+    lines = insightv("shards", "cat", shard)[1].splitlines()
+    assert len(lines) == 300 and json.loads(lines[7]) == {"text": "7" * 50}
+
+
+def truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def flip(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+
+def forget(shard: Path) -> None:
+    shard.with_name("00000.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, forget])
+@pytest.mark.parametrize("command", ["verify", "cat"])
+def test_damaged_shards_are_refused_by_name(damage, command, insightv, shard):
+    damage(shard)
+    refused(insightv("shards", command, shard), "00000.jsonl.zst")
+
+
+def test_repair_keeps_the_whole_frames(insightv, shard):
+    truncate(shard)
+    status, out, _ = insightv("shards", "repair", shard)
+    assert status == 0 and "kept 256 keys, lost 44" in out
+    assert not shard.exists() and shard.with_name("00000.jsonl.zst.damaged").exists()
+
+
+def test_repair_reopens_the_stage_of_a_run(insightv, run):
+    folder = run / "stages" / "questions-train"
+    write_groups(folder / "shards", [(f"k{n}", [{}]) for n in range(300)], per_shard=300)
+    (folder / "manifest.json").write_text("{}")
+    assert "nothing is damaged" in insightv("shards", "repair", run)[1]
+    assert (folder / "manifest.json").exists()
+    truncate(folder / "shards" / "00000.jsonl.zst")
+    assert "1 shards mended" in insightv("shards", "repair", run)[1]
+    assert not (folder / "manifest.json").exists()
+
+
+def test_a_reader_that_leaves_is_no_error(shard):
+    command = f"{sys.executable} -m insightv shards cat {shard} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True)
+    assert done.stderr == b"" and done.stdout.count(b"\n") == 1
+
+
+def test_interrupt_leaves_cleanly_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, "-m", "insightv", "run", SMOKE, "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "jobs.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "insightv: interrupted; the same command goes on from here"
+    workers = [json.loads(line) for line in (tmp_path / "run" / "jobs.jsonl").open()]
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker["process"], 0)
