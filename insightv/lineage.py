@@ -134,7 +134,7 @@ class _Teller:
         elif key in self.found.paths:
             self._path(root, key)
         elif pairs:
-            self._pair(root, *pairs[-1])  # the last stage that holds it knows the reference
+            self._pair(root, pairs)
         elif samples:
             self._sample(root, *samples[-1])
         elif predictions:
@@ -220,22 +220,23 @@ class _Teller:
             branch.add(_line(f"{name}: ", "; ".join([*numbers, *filter(None, [score["reason"]])])))
         self._uses(branch, key)
 
-    def _pair(self, root: Tree, stage: str, row: Row) -> None:
+    def _pair(self, root: Tree, held: list[tuple[str, Row]]) -> None:
+        """A pair, which several sets may hold: that of its round, that of the control."""
+        _, row = held[0]
         gap = "" if row["gap"] is None else f", gap {row['gap']}"
-        branch = root.add(_line((row["key"], "cyan"), f" {row['kind']}{gap}  ({stage})"))
+        branch = root.add(_line((row["key"], "cyan"), f" {row['kind']}{gap}"))
         winner, _, loser = row["key"].partition("|")
         self._path(branch, winner, "chosen ")
         self._path(branch, loser, "rejected ")
-        if row["reference_chosen"] is not None:
-            branch.add(
-                _line(
-                    f"reference log-probabilities: chosen {row['reference_chosen']:.2f}, "
-                    f"rejected {row['reference_rejected']:.2f} nats, "
-                    f"model {row['reference_model']}",
-                    style="dim",
+        for stage, row in held:
+            if row["reference_chosen"] is None:
+                self._models(branch.add(_line("→ ", (stage, "magenta"))), stage)
+            else:
+                told = (
+                    f"{stage}: reference log-probabilities chosen {row['reference_chosen']:.2f}, "
+                    f"rejected {row['reference_rejected']:.2f} nats, model {row['reference_model']}"
                 )
-            )
-        self._models(branch, stage)
+                branch.add(_line(told, style="dim"))
 
     def _sample(self, root: Tree, stage: str, row: Row) -> None:
         branch = root.add(_line((row["key"], "cyan"), f" {row['kind']}  ({stage})"))
@@ -287,7 +288,11 @@ class _Teller:
         for name in self._trained_on(stage):
             made = self.run.read_manifest(name) is not None
             for output in self.stages[name].outputs:
-                users = [other.name for other in self.stages.values() if name in other.after]
+                users = [
+                    other.name
+                    for other in self.stages.values()
+                    if name in other.after and other.name != "results"
+                ]
                 used = f", used by {', '.join(users)}" if users else ""
                 state = "" if made else " (not made yet)"
                 branch.add(_line("→ ", (output, "magenta"), f"{state} by {name}{used}"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpc.errors import RecordError, UserError
-from insightv.cli.runs import PRELOAD, RunArgument, opened
+from insightv.cli.runs import PRELOAD, RunArgument, console, opened
 
 if TYPE_CHECKING:
     from hpc.rundir import Chain, RunDir
@@ -30,15 +30,10 @@ def why(
     directory: RunArgument,
 ) -> None:
     """Tell where a record comes from, and what became of it."""
-    from rich.console import Console
-
     from insightv.lineage import why as lineage
 
     chain = opened(directory)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(lineage(chain.run, chain.stages, key))
+    console().print(lineage(chain.run, chain.stages, key))
 
 
 def ask(
@@ -122,8 +117,6 @@ def evaluate(
     split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
 ) -> None:
     """Evaluate entries of the ladder with a run's models."""
-    from rich.console import Console
-
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
     from hpc.progress import Bars
@@ -137,7 +130,7 @@ def evaluate(
     with Bars() as bars:
         executor = LocalExecutor(preload=PRELOAD)
         drive(chain, executor, bars, slots=config.local.slots or None, remake=True)
-    Console().print(results_table(collect(chain.run.path, config.evaluation.resamples_seed)))
+    console().print(results_table(collect(chain.run.path, config.evaluation.resamples_seed)))
 
 
 def _evaluation(config: ChainConfig, run: RunDir) -> Chain:

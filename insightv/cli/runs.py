@@ -15,11 +15,14 @@ import typer
 from hpc.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hpc.rundir import Chain
     from insightv.config import ChainConfig
 
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
 _WATCH = 2.0  # seconds between looks
+_PIPE_WIDTH = 132
 
 PRELOAD = ("insightv.chain", "insightv.engines.transformers", "insightv.training.trainer")
 """Imported once by the process that workers are forked from: torch takes seconds to load."""
@@ -94,17 +97,25 @@ def _save(chain: Chain, config: ChainConfig, remake: bool) -> None:
 
 
 def _show_results(chain: Chain) -> None:
-    from rich.console import Console
-
     from hpc.rundir import read_json
     from insightv.evaluation.results import results_table
 
     results = read_json(chain.run.results)
     if results:
-        Console().print(results_table(results))
+        console().print(results_table(results))
     page = chain.run.report / "index.html"
     if page.exists():
         print(f"report: {page}")
+
+
+def console() -> Console:
+    """Standard output; a log or a pipe is as wide as the tables want."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    if not found.is_terminal:
+        found.width = _PIPE_WIDTH
+    return found
 
 
 def opened(directory: Path) -> Chain:
@@ -128,7 +139,6 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
 ) -> None:
     """Show what stands where."""
-    from rich.console import Console, Group
     from rich.live import Live
 
     from hpc.status import board
@@ -141,14 +151,14 @@ def status(
             if as_json:
                 print(json.dumps(found, ensure_ascii=False), flush=True)
             else:
-                Console().print(board(found))
+                console().print(board(found))
             if not watch or found["state"] != "running":
                 return
             time.sleep(_WATCH)
     with Live(auto_refresh=False) as live:
         while True:
             found = look(chain)
-            live.update(Group(board(found)), refresh=True)
+            live.update(board(found), refresh=True)
             if found["state"] != "running":
                 return
             time.sleep(_WATCH)

@@ -36,7 +36,7 @@ class Learner:
             if start is None
             else LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
         )
-        hidden = self.model.get_input_embeddings().embedding_dim
+        hidden: Any = self.model.get_input_embeddings().embedding_dim
         self.tag_head = torch.nn.Linear(hidden, 2)
         self._projected: list[torch.Tensor] = []
         self.model.model.multi_modal_projector.register_forward_hook(

@@ -80,6 +80,18 @@ def retrieval_lessons(chart: Chart, rng: random.Random) -> list[Lesson]:
     return lessons
 
 
+def reasoning_lessons(chart: Chart, rng: random.Random) -> list[Lesson]:
+    """Several paths, one of the rarer skills, and a direct answer."""
+    table = chart.table
+    rare = rng.choice((_summary, _judge, _steps))
+    return [
+        *(_steps(table, rng) for _ in range(2)),
+        rare(table, rng),
+        _direct(draw_question(table, rng)),
+        _table(table),
+    ]
+
+
 def scoring_lesson(
     chart: Chart, rng: random.Random, sampled: tuple[Ask, Sequence[Sequence[Step]]] | None = None
 ) -> Lesson:

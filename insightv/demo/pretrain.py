@@ -50,7 +50,8 @@ class Options:
         rate: Peak learning rate.
         seed: Seed of weights and charts.
         compiled: Compile the layers (needs a C++ compiler); twice as fast.
-        start: Folder of a model to go on from; none for a fresh one.
+        start: Folder of a model to go on from, with the last kind of lessons; none for a fresh
+            one.
         seeing: Share of the time in which only the picture tokens are trained.
     """
 
@@ -67,13 +68,13 @@ class Options:
 def lesson_kind(spoken: float, rng: random.Random) -> str:
     """What to teach when a share ``spoken`` of the time with text has passed.
 
-    First to speak, then to retrieve by label, and at last to judge.
+    First to speak, then to retrieve by label, and at last to reason and to judge.
     """
-    if spoken < 0.2:
+    if spoken < 0.15:
         return "mixed"
-    if spoken < 0.38:
+    if spoken < 0.3:
         return rng.choices(("mixed", "retrieval"), (4, 6))[0]
-    return rng.choices(("mixed", "retrieval", "scoring"), (40, 25, 35))[0]
+    return rng.choices(("mixed", "retrieval", "reasoning", "scoring"), (15, 15, 40, 30))[0]
 
 
 def train(rank: int, options: Options, meeting: str) -> None:
@@ -99,12 +100,14 @@ def train(rank: int, options: Options, meeting: str) -> None:
         betas=(0.9, 0.98),
         fused=True,
     )
-    for kind in ("seeing", "mixed", "scoring"):  # compile before the clock starts
+    for kind in ("seeing", "mixed", "reasoning", "scoring"):  # compile before the clock starts
         learner.loss(teacher.batch(kind), teacher, 1.0)[0].backward()
         optimizer.zero_grad()
     clock = Clock(options, rank)
     while (done := clock.done()) < 1:
         spoken = (done - options.seeing) / (1 - options.seeing)
+        if options.start is not None and spoken >= 0:
+            spoken = 0.3 + 0.7 * spoken
         if spoken > 0.78 and not teacher.sampled:
             learner.writing()
             teacher.sampled = sample_own_paths(learner.model, tokenizer, teacher.rng, random_chart)

@@ -14,6 +14,7 @@ from insightv.demo.charts import LARGEST, SIZE, Chart, draw, make_chart, mark_of
 from insightv.demo.lessons import (
     Lesson,
     mixed_lessons,
+    reasoning_lessons,
     retrieval_lessons,
     scoring_lesson,
     shape_lessons,
@@ -36,6 +37,7 @@ class Shape:
 
 SEEING = Shape(96, 0)
 READING = Shape(48, 128)
+REASONING = Shape(32, 224)
 SCORING = Shape(16, 384)
 
 
@@ -112,8 +114,8 @@ class Teacher:
         self._number_by_id = {token(f"▁{value}"): value for value in range(101)}
 
     def batch(self, kind: str) -> Batch:
-        """A batch of ``seeing`` (no text), ``mixed``, ``retrieval`` or ``scoring`` lessons."""
-        shape = {"seeing": SEEING, "scoring": SCORING}.get(kind, READING)
+        """A batch of ``seeing`` (no text), ``mixed``, ``retrieval``, … lessons."""
+        shape = {"seeing": SEEING, "reasoning": REASONING, "scoring": SCORING}.get(kind, READING)
         charts: list[Chart | None] = []
         images, lessons = [], []
         for _ in range(shape.pictures):
@@ -138,6 +140,9 @@ class Teacher:
         if kind == "retrieval":
             chart = random_chart(self.rng)
             return chart, retrieval_lessons(chart, self.rng)
+        if kind == "reasoning":
+            chart = random_chart(self.rng)
+            return chart, reasoning_lessons(chart, self.rng)
         if self.sampled and self.rng.random() < 0.6:
             own = self.rng.choice(self.sampled)
             return own.chart, [scoring_lesson(own.chart, self.rng, (own.question, own.paths))]

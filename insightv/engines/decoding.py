@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from insightv.engines.base import Request
 
@@ -58,6 +59,7 @@ def decode_rows(
         logits, mask = logits[rows], mask[rows]
         positions.select(rows)
         cache.batch_select_indices(rows)
+    _give_room(cache)
     sampler = RowSampler(requests, limits, inputs["input_ids"][rows], mask)
     stopper = RowStopper(requests, limits, tokenizer, ends, mask.device)
     while True:
@@ -82,6 +84,48 @@ def decode_rows(
             use_cache=True,
             **options,
         ).logits[:, -1]
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them: a step writes its own instead of copying all."""
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+        self._rooms: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds a step's keys and values, shape (rows, heads, 1, size); returns all so far."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self._rooms or end > self._rooms[0].shape[-2]:
+            size = end + max(64, end // 4)
+            self._rooms = [_enlarged(held, size) for held in (self.keys, self.values)]
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., start:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Goes on with these rows only."""
+        super().batch_select_indices(indices)
+        self._rooms = []
+
+
+def _enlarged(held: torch.Tensor, size: int) -> torch.Tensor:
+    room = held.new_empty((*held.shape[:-2], size, held.shape[-1]))
+    room[..., : held.shape[-2], :] = held
+    return room
+
+
+def _give_room(cache: Any) -> None:
+    """Gives room to the layers that keep everything; those of other kinds stay as they are."""
+    cache.layers = [
+        _RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
 
 
 class _Positions:

@@ -73,7 +73,7 @@ def trained(work: Path, name: str, kill_at: int = 0) -> None:
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.001)
-        status = process.wait(timeout=120)
+        status = process.wait(timeout=600)
     finally:
         process.kill()
     assert status == (-signal.SIGKILL if kill_at else 0)
@@ -84,6 +84,7 @@ def losses(work: Path, name: str) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines]
 
 
+@pytest.mark.timeout(900)  # three processes, each of which imports torch
 def test_killed_and_resumed_is_bitwise_the_same(work):
     trained(work, "whole")
     trained(work, "killed", kill_at=8)  # two steps after a checkpoint, one before the next
