@@ -3,7 +3,8 @@
 The engine is synthetic (prose from a seed, which packs about as real reasoning does);
 everything else is the true thing: worker processes pull shards under leases, write and
 commit them, and a reader joins questions and paths. Measured are wall time, rates, bytes,
-files and each process' peak memory, which must not grow with the number of questions.
+files and each process' peak memory. A worker's and a reader's must not grow with the number
+of questions; the job that writes the questions holds their keys, to refuse doubles.
 
     python benchmarks/shards_at_scale.py --questions 200000 --workers 2
 """

@@ -168,7 +168,9 @@ def tracked_texts() -> list[Path]:
         if path.is_file()
         and path.suffix in texts
         and not skipped & set(path.relative_to(ROOT).parts)
-        and not any(part.startswith(".") and part != ".ci" for part in path.parts[len(ROOT.parts):])
+        and not any(
+            part.startswith(".") and part != ".ci" for part in path.parts[len(ROOT.parts) :]
+        )
         and "egg-info" not in str(path)
     ]
 

@@ -85,6 +85,8 @@ def _save(chain: Chain, config: ChainConfig, remake: bool) -> None:
     from hpc import gates
     from hpc.config import dump
     from hpc.disk import write_atomic
+    from hpc.rundir import Chain
+    from insightv.chain import SUMMARIES
 
     text, path = dump(config), chain.run.chain_file
     if path.exists() and path.read_text() == text:
@@ -92,7 +94,13 @@ def _save(chain: Chain, config: ChainConfig, remake: bool) -> None:
     if chain.run.locked():
         raise UserError(f"{chain.run.path}: another process runs this chain; wait for it")
     if not remake:
-        gates.refuse_changes(chain)
+        lasting = [stage for name, stage in chain.stages.items() if name not in SUMMARIES]
+        gates.refuse_changes(Chain(lasting, chain.run, chain.command))
+    for name in SUMMARIES:
+        # They only tell what the other stages made, and follow any change.
+        manifest = chain.run.read_manifest(name)
+        if manifest is not None and manifest["hash"] != chain.identity(name):
+            chain.run.remove(name, chain.stages[name].outputs)
     write_atomic(path, text)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from hpc.stages import Counts, Mapper, Row
     from insightv.pictures import Pictures
+    from insightv.training.config import DPOConfig
 
 app = typer.Typer(
     help="Train one model on a set of one's own.",
@@ -56,7 +57,7 @@ def sft(
 
     settings = load(SFTConfig, config, overrides or ())
     settings.validate()
-    folder, packs = model_folder(model), _pictures(pictures)
+    data, folder, packs = _folder(data), model_folder(model), _pictures(pictures)
     with _Alone(out).at_work() as place:
         from insightv.training.trainer import train_sft
 
@@ -82,15 +83,27 @@ def dpo(
 
     settings = load(DPOConfig, config, overrides or ())
     settings.validate()
-    folder, tied, packs = model_folder(model), model_folder(reference or model), _pictures(pictures)
+    data, folder, packs = _folder(data), model_folder(model), _pictures(pictures)
+    tied = model_folder(reference or model)
     with _Alone(out).at_work() as place:
         from insightv.models import digest_of
         from insightv.training.trainer import train_dpo
 
         digest = digest_of(tied)
-        scored = _with_reference(data, tied, digest, packs, place)
+        scored = _with_reference(settings, data, tied, digest, packs, place)
         done = train_dpo(settings, folder, scored, packs, out, place, digest)
         return _ended(done, out)
+
+
+def _folder(data: Path) -> Path:
+    """The folder of shards, also where a stage's own was named.
+
+    Raises:
+        UserError: There are none.
+    """
+    from hpc.shards import shard_paths
+
+    return shard_paths(data)[0].parent
 
 
 def _pictures(folders: list[Path]) -> Pictures:
@@ -112,10 +125,17 @@ def _ended(counts: Counts | None, out: Path) -> int:
 
 
 def _with_reference(
-    data: Path, reference: Path, digest: str, pictures: Pictures, place: _Alone
+    settings: DPOConfig,
+    data: Path,
+    reference: Path,
+    digest: str,
+    pictures: Pictures,
+    place: _Alone,
 ) -> Path:
     """The pairs with this reference model's log-probabilities; computed where they lack them."""
-    from hpc.shards import read_rows, write_groups
+    from hpc.config import digest as digest_of
+    from hpc.config import shaping
+    from hpc.shards import read_rows, sidecars, write_groups
     from insightv.training.config import ReferenceConfig
     from insightv.training.reference import Reference
 
@@ -124,10 +144,13 @@ def _with_reference(
         raise UserError(f"{data}: there are no pairs")
     if first.get("reference_model") == digest:
         return data
-    made = place.directory / f"reference-{digest}"
+    # As in training, so that the first step's margins are 0.
+    config = ReferenceConfig(settings.precision, settings.max_length, device=settings.device)
+    files = [sidecar.sha256 for sidecar in sidecars(data).values()]
+    made = place.directory / f"reference-{digest_of([digest, shaping(config), files])}"
     if not made.is_dir():
         part = made.with_name(made.name + ".part")
-        mapper = Reference(reference, ReferenceConfig(), pictures)
+        mapper = Reference(reference, config, pictures)
         write_groups(part, asyncio.run(_mapped(mapper, data, place)))
         part.rename(made)
     return made
@@ -191,7 +214,9 @@ class _Alone:
         before = {number: signal.signal(number, note) for number in numbers}
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
         try:
-            with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            console = Console(stderr=True)
+            hidden = not console.is_terminal
+            with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
                 bar.add_task("", total=None)
                 self.bar = bar
                 yield self

@@ -89,10 +89,11 @@ def decode_rows(
 class _RoomyLayer(DynamicLayer):
     """Keys and values with room behind them: a step writes its own instead of copying all."""
 
-    def __init__(self, layer: DynamicLayer):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys, layer.values
+        self.lazy_initialization(keys, values)
+        self.keys: torch.Tensor = keys
+        self.values: torch.Tensor = values
         self._rooms: list[torch.Tensor] = []
 
     def update(
@@ -123,9 +124,9 @@ def _enlarged(held: torch.Tensor, size: int) -> torch.Tensor:
 
 def _give_room(cache: Any) -> None:
     """Gives room to the layers that keep everything; those of other kinds stay as they are."""
-    cache.layers = [
-        _RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[place] = _RoomyLayer(layer.keys, layer.values)
 
 
 class _Positions:

@@ -11,10 +11,16 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hpc.disk import disk_errors, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +65,21 @@ class Checkpoints:
         Args:
             position: Where the trainer stands.
             write: Puts the backend's files into the folder it is given.
+
+        Raises:
+            UserError: The disk is full, or may not be written to.
         """
         final = self.directory / f"step-{position.step:07d}"
         if final.exists():  # the same step of the same training: the same state
             return
+        with writing(self.directory):
+            self._write(position, write, final)
+        for old in self._steps()[: -self.keep]:
+            shutil.rmtree(old)
+        for abandoned in self.directory.glob("part-*"):
+            shutil.rmtree(abandoned)
+
+    def _write(self, position: Position, write: Callable[[Path], None], final: Path) -> None:
         part = self.directory / f"part-{position.step:07d}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -70,14 +87,12 @@ class Checkpoints:
         files = {path.name: _digest(path) for path in sorted(part.iterdir())}
         state = {"files": files, "position": asdict(position)}
         (part / "state.json").write_text(json.dumps(state))
-        for path in [*part.iterdir(), part]:
-            _sync(path)
+        for path in part.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(part)
         part.replace(final)
-        _sync(self.directory)
-        for old in self._steps()[: -self.keep]:
-            shutil.rmtree(old)
-        for abandoned in self.directory.glob("part-*"):
-            shutil.rmtree(abandoned)
+        sync_folder(self.directory)
 
     def resume(self, identity: str, read: Callable[[Path], None]) -> Position | None:
         """Reads the newest whole checkpoint of this training; None if there is none.
@@ -102,6 +117,24 @@ class Checkpoints:
         return sorted(self.directory.glob("step-*"))
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a full or closed disk into one line, also where safetensors meets it.
+
+    Raises:
+        UserError: No space left, or no right to write at ``path``.
+    """
+    with disk_errors(path):
+        try:
+            yield
+        except SafetensorError as error:
+            # The system's error number is left in the text only.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def _whole(folder: Path) -> Position | None:
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -115,11 +148,3 @@ def _whole(folder: Path) -> Position | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

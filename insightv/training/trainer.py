@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.config import digest, shaping
+from hpc.disk import write_atomic
 from hpc.errors import UserError
 from hpc.stages import Context, Counts, Row
 from insightv import models
@@ -33,7 +34,7 @@ from insightv.training.batches import (
     micro_batches,
     step_members,
 )
-from insightv.training.checkpoint import Checkpoints, Position
+from insightv.training.checkpoint import Checkpoints, Position, writing
 from insightv.training.config import DPOConfig, SFTConfig, TrainConfig
 from insightv.training.objectives import Objective, Preference, Supervised, Totals
 from insightv.training.torch_backend import Backend, Outcome, TorchBackend
@@ -279,7 +280,8 @@ class _Training:
             raise UserError(f"no step could be trained: {reasons or 'every step was skipped'}")
         part = self.out.with_name(self.out.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        self.backend.export(part)
+        with writing(part):
+            self.backend.export(part)
         shutil.rmtree(self.out, ignore_errors=True)
         part.replace(self.out)
         with (self.context.directory / "dropped.jsonl").open("w") as file:
@@ -295,9 +297,7 @@ class _Training:
             "dropped_broken": len(dropped) - too_long,
             "model": models.digest_of(self.out),
         }
-        finished = self.finished.with_suffix(".part")
-        finished.write_text(json.dumps({"identity": identity, "counts": counts}, indent=1))
-        finished.replace(self.finished)
+        write_atomic(self.finished, json.dumps({"identity": identity, "counts": counts}, indent=1))
         self.checkpoints.clear()
         return counts
 
@@ -309,6 +309,4 @@ def _cut_metrics(path: Path, step: int) -> None:
     # A line that is cut off was being written when the process was killed.
     whole = [line for line in lines if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    write_atomic(path, "".join(kept))

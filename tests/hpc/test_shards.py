@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hpc import parts, shards
 from hpc.errors import UserError
+from hpc.frames import MARK_MAGIC, Entry, encode_frame
 from hpc.shards import (
     Limits,
     LostLease,
@@ -126,6 +127,16 @@ def test_same_rows_same_bytes(tmp_path_factory, names, data):
     ]
 
 
+def test_frames_cut_short_are_made_whole_at_the_commit(tmp_path):
+    names = ["a", "b", "c", "d"]
+    straight = write(tmp_path / "a", {name: [{}] for name in names}, order=names)
+    writer = ShardWriter(tmp_path / "b", 0, limits=SMALL)
+    for name in names:
+        writer.add(name, [{}])
+        writer.flush()
+    assert writer.commit(names).sha256 == straight.sha256
+
+
 def test_surrogates_nan_and_foreign_values(tmp_path):
     writer = ShardWriter(tmp_path, 0)
     writer.add("a", [{"text": "half \ud83d end", "pair": "\ud83d\ude00"}])
@@ -173,6 +184,14 @@ def test_cut_between_frames_names_the_byte(tmp_path):
     assert subprocess.run(["zstd", "-tq", path]).returncode == 0, "only the sidecar knows"
     with pytest.raises(ShardError, match=f"byte {ends[1]}"):
         list(read_rows(tmp_path))
+
+
+def test_rows_under_the_mark_of_others_are_refused(tmp_path):
+    """Each pair of frames proves itself: a part has no sidecar that would tell."""
+    one, other = (encode_frame([Entry(key, [row])]) for key, row in (("a", b"{}"), ("b", b"[]")))
+    part = part_path(tmp_path, 0, 0)
+    part.write_bytes(one[: one.index(MARK_MAGIC)] + other[other.index(MARK_MAGIC) :] + other)
+    assert ShardWriter(tmp_path, 0, 1, part).done == {"b"}
 
 
 def test_sidecar_missing_or_bad(tmp_path):

@@ -26,6 +26,7 @@ FLAGS = [
     "--disable-gpu",
     "--disable-quic",
     "--disable-sync",
+    "--force-prefers-reduced-motion",  # clicks must not chase a page that scrolls
     "--disable-dev-shm-usage",
     "--disable-component-update",
     "--disable-background-networking",

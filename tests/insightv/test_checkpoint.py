@@ -1,5 +1,6 @@
 """Killed and resumed is the same as never killed; what is not whole is never resumed from."""
 
+import errno
 import json
 import os
 import signal
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from training_case import Here, family, sample_rows, store
 
+from hpc.errors import UserError
 from insightv import models
 from insightv.training.checkpoint import Checkpoints, Position
 from insightv.training.config import SFTConfig
@@ -193,15 +196,22 @@ def test_what_is_not_whole_is_passed_over(harm, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000003", "step-0000006"]
 
 
-def test_a_failed_write_leaves_the_old_one(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_said_and_leaves_the_old_one(error, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(Position("me", step=3), writer(3))
 
     def fail(folder: Path) -> None:
         (folder / "training.safetensors").write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise error
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="No space left on device.*free some space"):
         checkpoints.save(Position("me", step=6), fail)
     assert resumed(checkpoints) == (3, 3.0)
 
