@@ -154,10 +154,12 @@ def payload(words: argparse.Namespace) -> int:
 def bench(words: argparse.Namespace, run: Path) -> dict[str, Any]:
     chain = make(run, words.questions, words.paths)
     result: dict[str, Any] = {
-        "questions": words.questions,
-        "paths": words.paths,
-        "workers": words.workers,
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+        "shape": {"questions": words.questions, "paths": words.paths, "workers": words.workers},
+        "machine": {
+            "cores": os.cpu_count(),
+            "load_before": round(os.getloadavg()[0], 1),
+            "python": platform.python_version(),
+        },
     }
     for stage, processes in (("questions", 1), ("paths", words.workers), ("read", 1)):
         result[stage] = measure(run, words, stage, processes)
