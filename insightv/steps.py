@@ -47,7 +47,7 @@ _FENCE = re.compile(r"```\w*")
 _CLOSE = {quote: re.compile(rf"[{quote}]{_GAP},?{_GAP}\}}") for quote in "\"'`”’"}
 _MERGES = 4
 """How many objects within an object (quoted examples, wrappers) are tried as one."""
-_MOST = 1000
+_MOST = 500
 """Objects looked at in one text; no path has as many steps."""
 
 

@@ -273,7 +273,7 @@ def worked_steps(question: Ask, table: Table, rng: random.Random) -> tuple[Step,
         rng: Chooses between reading all or only what is needed, at once or in two steps.
     """
     everything = rng.random() < 0.3
-    labels = [label for label in table if everything or label in question.needed]
+    labels = list(table if everything else question.needed)
     if len(labels) > 3 and rng.random() < 0.2:
         half = len(labels) // 2
         parts = [("Read values", labels[:half]), ("Read the rest", labels[half:])]
