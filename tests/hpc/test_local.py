@@ -154,7 +154,7 @@ def test_jobs_are_told_when_the_driver_is_killed(tmp_path: Path, preload: list[s
     finally:
         process.kill()
         process.wait()
-    worker = int(log.read_text())
+    worker = int(log.read_text().split("\n")[0])
     until(lambda: idle, lambda state: gone(worker))
     assert "asked to leave" in log.read_text()
 
