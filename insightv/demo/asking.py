@@ -249,6 +249,10 @@ def ask(table: Table, rng: random.Random, task: str) -> Ask | None:
 
 def solve(question: Ask, table: Table) -> Ask | None:
     """The same question answered on another table; None where that one has no answer."""
+    if question.task == "value":
+        return ask_value(table, *question.args)
+    if question.task == "transcribe":
+        return ask_table(table)
     return TASKS[question.task][1](table, question.args)
 
 

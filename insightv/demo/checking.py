@@ -73,13 +73,15 @@ def misread(table: Table, labels: Sequence[str], rng: random.Random) -> Table:
 
 def corrupted_steps(question: Ask, table: Table, rng: random.Random) -> tuple[Step, ...]:
     """A path spoilt in a known way: a misread mark, a wrong line of work, a missing step."""
-    way = rng.choices(("misread", "work", "missing"), (5, 3, 2))[0]
+    way = rng.choices(("misread", "work", "missing"), (5, 3, 2))[0] if question.work else "misread"
     if way == "misread":
         believed = misread(table, question.needed, rng)
         followed = solve(question, believed)
         if followed is not None:
             return worked_steps(followed, believed, rng)
     steps = list(worked_steps(question, table, rng))
+    if not question.work:  # nothing to spoil but the conclusion
+        return (*steps[:-1], replace(steps[-1], content="answer unclear"))
     lines = [k for k, step in enumerate(steps[:-1]) if not step.title.startswith("Read")]
     k = rng.choice(lines)
     if way == "missing":

@@ -78,7 +78,7 @@ class Learner:
     def loss(self, batch: Batch, teacher: Teacher, dense: float) -> tuple[torch.Tensor, dict]:
         """Cross-entropy of the replies, plus the dense losses; and the parts as numbers."""
         self._projected.clear()
-        if batch.ids.shape[1] == PREFIX:
+        if batch.pixels is not None and batch.ids.shape[1] == PREFIX:
             with torch.autocast("cpu", torch.bfloat16):
                 self.model.model.get_image_features(pixel_values=batch.pixels)
             return self._dense(batch, teacher)

@@ -13,7 +13,7 @@ import torch
 from insightv.demo import tiny
 from insightv.demo.asking import Ask
 from insightv.demo.charts import Chart, draw
-from insightv.demo.lessons import PROMPTS, draw_question
+from insightv.demo.lessons import PROMPTS, draw_any
 from insightv.records import Step
 from insightv.steps import parse_steps
 
@@ -41,7 +41,7 @@ def sample_own_paths(
     batch, collected = 32, []
     for _ in range(0, questions, batch):
         charts = [make(rng) for _ in range(batch)]
-        asked = [draw_question(chart.table, rng) for chart in charts]
+        asked = [draw_any(chart.table, rng) for chart in charts]
         texts = write_steps(model, tokenizer, charts, asked, paths, temperature)
         for k, (chart, question) in enumerate(zip(charts, asked, strict=True)):
             parsed = [parse_steps(text).steps for text in texts[k * paths : (k + 1) * paths]]

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from insightv.demo import tiny
 from insightv.demo.learner import Learner
 from insightv.demo.practice import sample_own_paths
-from insightv.demo.teaching import Teacher, build_vocabulary, random_chart
+from insightv.demo.teaching import SHAPES, Teacher, build_vocabulary, random_chart
 
 FOLDER = Path(__file__).parent / "model"
 
@@ -68,13 +68,15 @@ class Options:
 def lesson_kind(spoken: float, rng: random.Random) -> str:
     """What to teach when a share ``spoken`` of the time with text has passed.
 
-    First to speak, then to retrieve by label, and at last to reason and to judge.
+    First to speak, then to retrieve by label, and at last to reason and to judge; a fifth of
+    the time there is no picture, which makes lines of work cheap to practise.
     """
     if spoken < 0.15:
-        return "mixed"
+        return rng.choices(("mixed", "thinking"), (8, 2))[0]
     if spoken < 0.3:
-        return rng.choices(("mixed", "retrieval"), (4, 6))[0]
-    return rng.choices(("mixed", "retrieval", "reasoning", "scoring"), (15, 15, 40, 30))[0]
+        return rng.choices(("mixed", "retrieval", "thinking"), (3, 5, 2))[0]
+    kinds = ("mixed", "retrieval", "reasoning", "thinking", "scoring")
+    return rng.choices(kinds, (15, 10, 35, 20, 20))[0]
 
 
 def train(rank: int, options: Options, meeting: str) -> None:
@@ -100,7 +102,7 @@ def train(rank: int, options: Options, meeting: str) -> None:
         betas=(0.9, 0.98),
         fused=True,
     )
-    for kind in ("seeing", "mixed", "reasoning", "scoring"):  # compile before the clock starts
+    for kind in ("seeing", "mixed", *SHAPES):  # compile before the clock starts
         learner.loss(teacher.batch(kind), teacher, 1.0)[0].backward()
         optimizer.zero_grad()
     clock = Clock(options, rank)
@@ -108,7 +110,7 @@ def train(rank: int, options: Options, meeting: str) -> None:
         spoken = (done - options.seeing) / (1 - options.seeing)
         if options.start is not None and spoken >= 0:
             spoken = 0.3 + 0.7 * spoken
-        if spoken > 0.78 and not teacher.sampled:
+        if spoken > 0.7 and not teacher.sampled:
             learner.writing()
             teacher.sampled = sample_own_paths(learner.model, tokenizer, teacher.rng, random_chart)
             learner.learning()

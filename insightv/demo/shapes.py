@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,9 @@ from PIL import Image
 
 from hpc.errors import UserError
 from insightv.demo.charts import SIZE
+
+COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
+FORMS = ("circle", "rectangle", "triangle")
 
 
 def easy_vqa_rows(split: Literal["train", "test"]) -> list[tuple[str, str, Path]]:
@@ -40,6 +44,26 @@ def picture_split(path: Path) -> Literal["train", "validation", "test"]:
     if path.parent.parent.name == "test":
         return "test"
     return "validation" if hashlib.sha256(path.name.encode()).digest()[0] < 26 else "train"
+
+
+def seen(pairs: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Colour and shape of a picture, as far as its questions and answers tell.
+
+    Returns:
+        The colour (``""``: not told) and the shape (``"shape"``: not told).
+    """
+    colour, shape = "", "shape"
+    for question, answer in pairs:
+        words = question.rstrip("?").split()
+        there = answer == ("no" if "not" in words or "no" in words else "yes")
+        if answer in COLOURS:
+            colour = answer
+        if answer in FORMS:
+            shape = answer
+        for word in words if there or words[0] == "what" else ():
+            colour = word if word in COLOURS else colour
+            shape = word if word in FORMS else shape
+    return colour, shape
 
 
 @lru_cache

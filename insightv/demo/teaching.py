@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from insightv.demo.lessons import (
     retrieval_lessons,
     scoring_lesson,
     shape_lessons,
+    shape_scoring_lesson,
+    thinking_lessons,
 )
 from insightv.demo.practice import Sampled
 from insightv.demo.shapes import training_pictures
@@ -37,15 +40,18 @@ class Shape:
 
 SEEING = Shape(96, 0)
 READING = Shape(48, 128)
-REASONING = Shape(32, 224)
+REASONING = Shape(32, 240)
 SCORING = Shape(16, 384)
+THINKING = Shape(40, 300)
+"""Rows without a picture."""
+SHAPES = {"seeing": SEEING, "reasoning": REASONING, "scoring": SCORING, "thinking": THINKING}
 
 
 @dataclass
 class Batch:
-    """One batch; ``pictures`` rows of ``PREFIX + text`` tokens."""
+    """One batch; ``pictures`` rows of ``PREFIX + text`` tokens (``2 + text`` without pixels)."""
 
-    pixels: torch.Tensor
+    pixels: torch.Tensor | None
     ids: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
@@ -112,18 +118,24 @@ class Teacher:
         self._label_of = {label: k for k, label in enumerate(vocabulary())}
         self._label_by_id = dict(zip(self.label_ids, vocabulary(), strict=True))
         self._number_by_id = {token(f"▁{value}"): value for value in range(101)}
+        self._readable = {*self._label_by_id, *self._number_by_id}
+        self.equals = token("▁=")
 
     def batch(self, kind: str) -> Batch:
         """A batch of ``seeing`` (no text), ``mixed``, ``retrieval``, … lessons."""
-        shape = {"seeing": SEEING, "reasoning": REASONING, "scoring": SCORING}.get(kind, READING)
+        shape = SHAPES.get(kind, READING)
         charts: list[Chart | None] = []
         images, lessons = [], []
+        if kind == "thinking":
+            tables = [random_chart(self.rng).table for _ in range(shape.pictures)]
+            return self._collate([], [], [thinking_lessons(t, self.rng) for t in tables], shape)
         for _ in range(shape.pictures):
-            if kind == "mixed" and self.rng.random() < 0.1:
+            if kind != "seeing" and self.rng.random() < 0.15:
                 image, pairs = self.rng.choice(self.shapes)
                 charts.append(None)
                 images.append(image)
-                lessons.append(shape_lessons(self.rng.sample(pairs, min(len(pairs), 6))))
+                scoring = [shape_scoring_lesson(pairs, self.rng) for _ in range(2)]
+                lessons.append(scoring if kind == "scoring" else shape_lessons(pairs, self.rng))
                 continue
             chart, chosen = self._chart_lessons(kind)
             charts.append(chart)
@@ -156,18 +168,19 @@ class Teacher:
         lessons: list[list[Lesson]],
         shape: Shape,
     ) -> Batch:
-        rows, length = shape.pictures, PREFIX + shape.text
+        prefix = [self.start, self.user] + [self.image] * (tiny.TOKENS if images else 0)
+        rows, length = shape.pictures, len(prefix) + shape.text
         ids = np.zeros((rows, length), np.int64)
         segment = np.full((rows, length), -1, np.int64)
         positions = np.zeros((rows, length), np.int64)
         labels = np.full((rows, length), -100, np.int64)
         tags = np.full((rows, length), -100, np.int64)
-        ids[:, 0], ids[:, 1], ids[:, 2:PREFIX] = self.start, self.user, self.image
-        segment[:, :PREFIX], positions[:, :PREFIX] = 0, np.arange(PREFIX)
+        ids[:, : len(prefix)], segment[:, : len(prefix)] = prefix, 0
+        positions[:, : len(prefix)] = np.arange(len(prefix))
         turns = [turn for row in lessons for lesson in row for turn in lesson.turns]
         encoded = iter(self.tokenizer(turns or [""], add_special_tokens=False)["input_ids"])
         for row, chosen in enumerate(lessons):
-            offset = PREFIX
+            offset = len(prefix)
             for number, lesson in enumerate(chosen, 1):
                 text, target = self._chat([next(encoded) for _ in lesson.turns])
                 size = len(text)
@@ -176,19 +189,25 @@ class Teacher:
                 here = slice(offset, offset + size)
                 ids[row, here], segment[row, here] = text, number
                 positions[row, here] = np.arange(PREFIX, PREFIX + size)
+                if lesson.learned != "all":
+                    target = self._knowable(text, target, lesson.learned == "results")
                 labels[row, here] = np.where(target, text, -100)
-                chart = charts[row]
-                if lesson.scoring and chart is not None:
-                    tags[row, here] = self._tags(text, target, chart)
+                if lesson.scoring:
+                    for k, stated, true in self._readings(text, target, charts[row]):
+                        tags[row, offset + k] = int(stated == true)
+                        labels[row, offset + k] = self.number_ids[true]
                 offset += size
         seg = torch.from_numpy(segment)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         seen = ((seg[:, None, :] == 0) | (seg[:, None, :] == seg[:, :, None])) & causal
         mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -1e4)
         patch_labels, patch_values = self._patches(charts)
-        pixels = np.stack([np.asarray(image) for image in images])
+        pixels = None
+        if images:
+            stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+            pixels = stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
         return Batch(
-            pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1,
+            pixels=pixels,
             ids=torch.from_numpy(ids),
             positions=torch.from_numpy(positions),
             mask=mask[:, None],
@@ -210,9 +229,37 @@ class Teacher:
             target += [False] * len(lead) + [reply] * (len(turn) + len(tail))
         return text, target
 
-    def _tags(self, text: list[int], target: list[bool], chart: Chart) -> list[int]:
-        """1 at values stated rightly, 0 at values misstated, in the readings of a prompt."""
-        table, tags, reading = chart.table, [-100] * len(text), False
+    def _knowable(self, text: list[int], target: list[bool], results: bool) -> list[bool]:
+        """Which targets can be known without the picture.
+
+        Args:
+            text: Token ids of the lesson.
+            target: What is learned of a lesson with a picture.
+            results: Learn only what stands behind an equals sign; otherwise all but the
+                values read, and the labels read unless the prompt names some.
+        """
+        known, reading, equals = list(target), False, False
+        asked = {t for t, reply in zip(text, target, strict=True) if not reply}
+        asked &= self._label_by_id.keys()
+        for k in range(1, len(text)):
+            if text[k - 1] == self.title:
+                reading, equals = text[k] == self.read, False
+            elif text[k] in self.closing:
+                reading, equals = False, False
+            elif results:
+                known[k] = target[k] and equals
+                equals |= text[k] == self.equals
+            elif reading and text[k - 1] != self.read and text[k] in self._readable:
+                known[k] = target[k] and text[k] in asked
+            if results and not equals:
+                known[k] = False
+        return known
+
+    def _readings(
+        self, text: list[int], target: list[bool], chart: Chart | None
+    ) -> Iterator[tuple[int, int, int]]:
+        """Where a prompt's paths state values: place, the value stated, the true value."""
+        table, reading = chart.table if chart else {}, False
         for k in range(1, len(text)):
             if target[k]:
                 break
@@ -223,8 +270,7 @@ class Teacher:
             elif reading and text[k] in self._number_by_id:
                 label = self._label_by_id.get(text[k - 1])
                 if label in table:
-                    tags[k] = int(table[label] == self._number_by_id[text[k]])
-        return tags
+                    yield k, self._number_by_id[text[k]], table[label]
 
     def _patches(self, charts: list[Chart | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """The label and the value each picture token should carry (-100: none)."""
