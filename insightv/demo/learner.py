@@ -1,8 +1,14 @@
-"""The model with its throw-away heads and its losses, while it is being pretrained."""
+"""The model with its throw-away heads and its losses, while it is being pretrained.
+
+A scorer must find a stated label in the picture, compare the values, and tell in its reply: with
+four layers there is none to spare. So finding is taught at the output of the second layer and
+comparing at that of the third, where the reply's tokens can still see it in the fourth.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,9 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from insightv.demo import tiny
 from insightv.demo.teaching import PREFIX, Batch, Teacher
+
+FOUND, COMPARED = 1, 2
+"""Layers, counted from 0, behind which the scorer's two steps are taught."""
 
 
 def _plain_attention(module, query, key, value, attention_mask=None, scaling=1.0, **_):  # type: ignore[no-untyped-def]
@@ -26,7 +35,7 @@ def _plain_attention(module, query, key, value, attention_mask=None, scaling=1.0
 
 
 class Learner:
-    """The model with its two throw-away heads, and the switch between learning and writing."""
+    """The model with its throw-away heads, and the switch between learning and writing."""
 
     def __init__(self, tokenizer: Any, seed: int, compiled: bool, start: Path | None):
         """Begins with the model of a folder, or (``start`` None) with a fresh one."""
@@ -38,6 +47,11 @@ class Learner:
         )
         hidden: Any = self.model.get_input_embeddings().embedding_dim
         self.tag_head = torch.nn.Linear(hidden, 2)
+        self.value_head = torch.nn.Linear(hidden, len(tokenizer))
+        self._early: dict[int, torch.Tensor] = {}
+        for depth in (FOUND, COMPARED):
+            layer = self.model.model.language_model.layers[depth]
+            layer.register_forward_hook(partial(self._keep, depth))
         self._projected: list[torch.Tensor] = []
         self.model.model.multi_modal_projector.register_forward_hook(
             lambda module, inputs, output: self._projected.append(output)
@@ -54,10 +68,14 @@ class Learner:
         ]
         self.learning()
 
+    def _keep(self, depth: int, module: Any, inputs: Any, output: Any) -> None:
+        self._early[depth] = output[0] if isinstance(output, tuple) else output
+
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """All trained parameters, the heads' included."""
         yield from self.model.parameters()
         yield from self.tag_head.parameters()
+        yield from self.value_head.parameters()
 
     def learning(self) -> None:
         """Compiled layers and plain attention."""
@@ -100,10 +118,18 @@ class Learner:
             parts |= numbers
         tagged = batch.tags != -100
         if tagged.any():
-            tag = F.cross_entropy(self.tag_head(hidden[tagged].float()), batch.tags[tagged])
-            loss = loss + tag
-            parts["tag"] = tag.item()
+            checks, numbers = self._checks(batch, tagged)
+            loss = loss + checks
+            parts |= numbers
         return loss, parts
+
+    def _checks(self, batch: Batch, tagged: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """At labels of stated values: the true value; at the values: whether they are true."""
+        compared = self.tag_head(self._early[COMPARED][tagged].float())
+        tag = F.cross_entropy(compared, batch.tags[tagged])
+        found = self.value_head(self._early[FOUND][:, :-1][tagged[:, 1:]].float())
+        value = F.cross_entropy(found, batch.labels[tagged])
+        return tag + value, {"tag": tag.item(), "found": value.item()}
 
     def _dense(self, batch: Batch, teacher: Teacher) -> tuple[torch.Tensor, dict]:
         """How well each picture token resembles its mark's label and value."""

@@ -300,8 +300,9 @@ def _example(run: Path, question: Question, sides: Mapping[str, Any]) -> dict[st
 
 
 def stage_rows(run: Path) -> Iterator[dict[str, Any]]:
-    """Every stage with what it holds."""
+    """Every stage with what it holds and how long it took."""
     for stage in stage_names(run):
+        manifest = RunDir(run).read_manifest(stage) or {}
         sidecars = shards.sidecars(shard_folder(run, stage)).values()
         yield {
             "name": stage,
@@ -309,6 +310,7 @@ def stage_rows(run: Path) -> Iterator[dict[str, Any]]:
             "shards": len(sidecars),
             "rows": sum(sidecar.rows for sidecar in sidecars),
             "bytes": sum(sidecar.bytes for sidecar in sidecars),
+            "seconds": round(manifest["seconds"]) if "seconds" in manifest else None,
         }
 
 

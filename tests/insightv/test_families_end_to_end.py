@@ -1,0 +1,122 @@
+"""The whole chain on other families than the embedded model's: every stage has rows.
+
+Tiny LLaVA-NeXT and Qwen2.5-VL folders are overfitted on made-up paths about the chain's own
+training questions until most of what they write parses; some of those paths are wrong, so that
+verdicts differ and pairs can be formed. They know nothing else: no accuracy is looked at.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+from families import save_family
+from test_end_to_end import SMOKE, insightv, keys
+
+from hpc import gates
+from insightv.agents import direct_messages, final_messages
+from insightv.assessment.marks import Marks
+from insightv.assessment.scoring import render_paths, render_scores
+from insightv.chain import build
+from insightv.config import read
+from insightv.demo.sets import make_questions
+from insightv.pictures import Pictures, PictureWriter
+from insightv.prompting import Prompts, load_prompts
+from insightv.records import Message, Question, Step, TrainingSample
+from insightv.steps import render_steps
+from insightv.training.config import SFTConfig
+from insightv.training.trainer import train_sft
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
+
+
+class Alone:
+    """What a training asks of its job, without one."""
+
+    def __init__(self, folder: Path):
+        self.run = folder
+        self.directory = folder / "training"
+        self.directory.mkdir()
+
+    def progress(self, done, total, **numbers):
+        if done % 50 == 0:
+            print(done, total, numbers, flush=True)
+
+    def stopping(self):
+        return False
+
+
+def path_for(question: Question, rng: random.Random) -> tuple[tuple[Step, ...], str]:
+    """A path of two or three steps to the right answer, or (two times in five) to another."""
+    answer = question.answer if rng.random() < 0.6 else str(rng.randint(0, 99))
+    looks = [Step("Look", f"See {rng.randint(1, 9)}.", "continue")] * rng.randint(1, 2)
+    return (*looks, Step("Answer", f"answer {answer}", "summary")), answer
+
+
+def lessons(prompts: Prompts, question: Question, rng: random.Random) -> list[TrainingSample]:
+    """Paths with their final turn, a direct answer, and scores of several paths."""
+
+    def sample(name: str, messages: tuple[Message, ...]) -> TrainingSample:
+        return TrainingSample(
+            f"{question.key}/{name}", question.key, question.pictures, messages, "lesson"
+        )
+
+    made = []
+    for number in range(3):
+        steps, answer = path_for(question, rng)
+        text = render_steps(steps)
+        *asked, _, final = final_messages(prompts, question, text)
+        turns = (Message("assistant", text, True), final, Message("assistant", answer, True))
+        made.append(sample(f"path{number}", (*asked, *turns)))
+    told = Message("assistant", question.answer, True)
+    made.append(sample("direct", (*direct_messages(prompts, question), told)))
+    paths = [render_steps(path_for(question, rng)[0]) for _ in range(rng.randint(1, 4))]
+    marks = [Marks(*(rng.randint(1, 100) for _ in range(4)), ()) for _ in paths]
+    prompt = prompts.render(
+        "score", question=question.text, paths=render_paths(paths), count=len(paths)
+    )
+    scored = Message("assistant", render_scores(marks), True)
+    made.append(sample("scores", (Message("user", prompt), scored)))
+    return made
+
+
+def overfit(family: str, folder: Path, steps: int) -> Path:
+    """A folder of the family that writes paths, answers and scores in the chain's forms."""
+    config, prompts, rng = read(SMOKE), load_prompts("tiny"), random.Random(0)
+    with PictureWriter(folder / "pictures") as writer:
+        questions = list(make_questions("train", config.questions, config.seed, writer))
+    rows = [row.to_json() for q in questions for row in lessons(prompts, q, rng)]
+    settings = SFTConfig(
+        max_steps=steps,
+        epochs=1000,
+        batch_size=24,
+        learning_rate=2e-3,
+        warmup=0.1,
+        freeze_vision=False,
+        precision="fp32",
+        max_length=4096,
+    )
+    base = save_family(family, folder / "untaught", hidden=96)
+    pictures = Pictures([folder / "pictures"])
+    train_sft(settings, base, rows, pictures, folder / "taught", Alone(folder))
+    return folder / "taught"
+
+
+@pytest.mark.parametrize("family", ["llava-next", "qwen2.5-vl"])
+def test_every_stage_has_rows(family, tmp_path):
+    model = overfit(family, tmp_path, steps=300)
+    run = tmp_path / "run"
+    insightv(
+        "run", SMOKE, f"models.base.path={model}", "models.base.prompts=tiny", "--run-dir", run
+    )
+    chain = build(run)
+    assert all(gates.standing(chain).values())
+    for name, stage in chain.stages.items():
+        if not stage.outputs:
+            manifest = chain.run.read_manifest(name)
+            assert manifest["rows"] > 0, name
+            print(name, manifest["inputs"], manifest["rows"], manifest["errors"])
+    found = keys(run)
+    wanted = len(found["questions-train"]) // 2
+    assert len({key.split("/")[0] for key in found["r0-generate"]}) > wanted  # most paths parse
+    for name in ("reasoning", "summary", "reasoning-r2"):
+        assert list((run / "models" / name).glob("*.safetensors"))
