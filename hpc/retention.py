@@ -68,8 +68,9 @@ def clean(
 
 def _removable(chain: Chain, logs: bool, data: bool) -> Iterator[Removable]:
     run = chain.run
-    for left in sorted((run.path / "stages").glob(".removed-*")):
-        yield Removable("", "removed", left, size(left))
+    for pattern in (".removed-*", ".reused-*"):
+        for left in sorted((run.path / "stages").glob(pattern)):
+            yield Removable("", "removed", left, size(left))
     standing = gates.standing(chain)
     for name, stage in chain.stages.items():
         if not standing[name]:

@@ -25,6 +25,22 @@ def report(directory: RunArgument) -> None:
     print(write_report(opened(directory).run.path))
 
 
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run directories.")],
+    out: Annotated[Path | None, typer.Option(help="Write the tables here, as Markdown.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Draw the plots (SVG) into this folder.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the resamples behind the intervals.")] = 0,
+) -> None:
+    """Put finished runs beside each other: seeds pooled, sizes and rounds as curves."""
+    from insightv.evaluation.comparison import compare as read
+    from insightv.report.comparison import write_comparison
+
+    text = write_comparison(read(runs, seed), out, plots)
+    print(out if out is not None else text)
+
+
 def why(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Of a question, path, pair, …")],
     directory: RunArgument,
@@ -168,6 +184,6 @@ def _evaluation(config: ChainConfig, run: RunDir) -> Chain:
 
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
-    for name, command in (("ask", ask), ("why", why), ("report", report)):
+    for name, command in (("ask", ask), ("why", why), ("report", report), ("compare", compare)):
         app.command(name, rich_help_panel="Look")(command)
     app.command("evaluate", rich_help_panel="Single steps")(evaluate)

@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,10 @@ def run(
     remake: Annotated[
         bool, typer.Option("--remake", help="Make again what another configuration made.")
     ] = False,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN", help="Take over equal stages of another run; may be repeated."),
+    ] = None,
 ) -> None:
     """Run a chain here; the same command resumes it."""
     from hpc.rundir import RunDir
@@ -46,7 +51,8 @@ def run(
     from insightv.config import read
 
     config = read(chain, overrides or ())
-    _drive(assemble(config, RunDir(run_dir or Path("runs") / chain.stem)), config, remake)
+    target = RunDir(run_dir or Path("runs") / chain.stem)
+    _drive(assemble(config, target), config, remake, reuse or ())
 
 
 def retry(directory: RunArgument) -> None:
@@ -57,7 +63,9 @@ def retry(directory: RunArgument) -> None:
     _drive(chain, read(chain.run.chain_file))
 
 
-def _drive(chain: Chain, config: ChainConfig, remake: bool = False) -> None:
+def _drive(
+    chain: Chain, config: ChainConfig, remake: bool = False, donors: Sequence[Path] = ()
+) -> None:
     """Runs what is missing, then shows what came out."""
     from hpc import gates
     from hpc.driver import drive
@@ -70,6 +78,9 @@ def _drive(chain: Chain, config: ChainConfig, remake: bool = False) -> None:
     else:
         chain.run.create()
         _save(chain, config, remake)
+        if donors:
+            _take_over(chain, donors)
+            standing = gates.standing(chain)
         with Bars() as bars:
             missing = sum(not complete for complete in standing.values())
             bars.console.print(
@@ -78,6 +89,21 @@ def _drive(chain: Chain, config: ChainConfig, remake: bool = False) -> None:
             executor = LocalExecutor(preload=PRELOAD)
             drive(chain, executor, bars, slots=config.local.slots or None, remake=remake)
     _show_results(chain)
+
+
+def _take_over(chain: Chain, donors: Sequence[Path]) -> None:
+    """Takes over what other runs have made already, a line a stage."""
+    from hpc.reuse import other_code, reuse
+    from insightv.chain import SUMMARIES
+
+    for taken in reuse(chain, donors, skip=SUMMARIES):
+        if taken.problem:
+            print(f"{taken.stage}: not reused from {taken.donor}: {taken.problem}")
+        else:
+            print(f"{taken.stage}: reused from {taken.donor}")
+    for donor in donors:
+        if other_code(chain, donor):
+            print(f"{donor}: another version of the code has worked there; hashes do not tell")
 
 
 def _save(chain: Chain, config: ChainConfig, remake: bool) -> None:

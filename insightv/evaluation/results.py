@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -49,6 +50,14 @@ PAPER: dict[str, dict[str, float]] = {
     "iterative_dpo": {"chartqa": 0.815, "average": 0.633},
 }
 """What Insight-V reports on its own base: arXiv 2411.14432, tables 1, 3 and 4."""
+
+PAPER_PERCEPTION: dict[str, tuple[float, float]] = {
+    "TextVQA": (0.754, 0.768),
+    "DocVQA": (0.902, 0.915),
+    "OCRBench": (0.713, 0.735),
+    "AI2D": (0.797, 0.798),
+}
+"""The paper's table 2: its own base, and Insight-V on it (OCRBench as a share of its 1,000)."""
 
 QUESTIONS = ("questions-test", "questions-validation")
 """Stages whose questions entries may have answered."""
@@ -116,7 +125,7 @@ def collect(run: Path, seed: int = 0) -> Results:
     """
     asked = read_predictions(run)
     card = {name for name in asked.told if name.rpartition(":")[2] in CARD}
-    entries = sorted(asked.told.keys() - card, key=_place)
+    entries = sorted(asked.told.keys() - card, key=ladder_place)
     return {
         "run": run.resolve().name,
         "seed": seed,
@@ -133,7 +142,7 @@ def collect(run: Path, seed: int = 0) -> Results:
             for benchmark in asked.benchmarks
             for first, second in itertools.combinations(entries, 2)
         ],
-        "confusion": _confusion(asked, entries),
+        "confusion": confusion(asked, entries),
         "judge_card": _judge_card(asked, seed),
         "funnel": (counts := funnel(run)),
         "score_agreement": {row["round"]: row["agreement"] for row in counts["rounds"]},
@@ -155,8 +164,21 @@ def eval_stage(entry: str) -> str:
     return f"eval-{entry}".replace("_", "-")
 
 
+def entries_of(run: Path) -> list[str] | None:
+    """The entries that the run's ``chain.yaml`` asks for; None where it says nothing of them."""
+    path = RunDir(run).chain_file
+    written = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    entries = ((written or {}).get("evaluation") or {}).get("entries")
+    return None if entries is None else [str(entry) for entry in entries]
+
+
 def read_predictions(run: Path) -> Asked:
-    """The predictions of every complete ``eval-`` stage, with the questions they answer."""
+    """The predictions of every complete ``eval-`` stage, with the questions they answer.
+
+    An entry that was taken out of the chain since is left out, though its folder stands.
+    """
+    entries = entries_of(run)
+    wanted = None if entries is None else {eval_stage(entry) for entry in entries}
     asked = Asked()
     for stage in QUESTIONS:
         for row in shards.read_rows(shard_folder(run, stage)) if complete(run, stage) else ():
@@ -165,6 +187,8 @@ def read_predictions(run: Path) -> Asked:
             asked.questions[question.key] = place
     for stage in stage_names(run):
         if not stage.startswith("eval-") or not complete(run, stage):
+            continue
+        if wanted is not None and stage not in wanted:
             continue
         seen = set()
         for row in shards.read_rows(shard_folder(run, stage)):
@@ -188,7 +212,8 @@ def read_predictions(run: Path) -> Asked:
     return asked
 
 
-def _place(entry: str) -> tuple[int, str]:
+def ladder_place(entry: str) -> tuple[int, str]:
+    """Sorts entries: the ladder's in its order, then the controls."""
     return (LADDER.index(entry) if entry in LADDER else len(LADDER), entry)
 
 
@@ -250,10 +275,6 @@ def _difference(asked: Asked, entry: str, other: str, benchmark: str, seed: int)
         [asked.questions[key][2] for key in keys],
         seed,
     )
-    paper = None
-    if benchmark == "charts" and entry in PAPER and other in PAPER:
-        shared = PAPER[entry].keys() & PAPER[other].keys()
-        paper = {name: round(PAPER[entry][name] - PAPER[other][name], 3) for name in sorted(shared)}
     return {
         "name": f"{entry} - {other}",
         "entry": entry,
@@ -262,11 +283,19 @@ def _difference(asked: Asked, entry: str, other: str, benchmark: str, seed: int)
         "difference": known(estimate.value),
         "ci95": _interval(estimate),
         "n": estimate.n,
-        "paper": paper,
+        "paper": paper_difference(entry, other) if benchmark == "charts" else None,
     }
 
 
-def _confusion(asked: Asked, entries: Iterable[str]) -> dict[str, dict[str, int]]:
+def paper_difference(entry: str, other: str) -> dict[str, float] | None:
+    """What the paper found for ``entry`` minus ``other``; None where it has not both."""
+    if entry not in PAPER or other not in PAPER:
+        return None
+    shared = PAPER[entry].keys() & PAPER[other].keys()
+    return {name: round(PAPER[entry][name] - PAPER[other][name], 3) for name in sorted(shared)}
+
+
+def confusion(asked: Asked, entries: Iterable[str]) -> dict[str, dict[str, int]]:
     """Entry to counts of ``reasoning_<right|wrong|…>_answer_<…>`` on the first benchmark.
 
     Only entries whose reasoning has an answer of its own have one (the paper's figure 6).
@@ -308,12 +337,12 @@ def _judge_card(asked: Asked, seed: int) -> dict[str, Any] | None:
         card["ci95"][mode] = _interval(estimate)
         if mode == "none":
             continue
-        card["harm"][mode] = _turned(right["none"], answers, was=True)
-        card["rescue"][mode] = _turned(right["none"], answers, was=False)
+        card["harm"][mode] = turned(right["none"], answers, was=True)
+        card["rescue"][mode] = turned(right["none"], answers, was=False)
     return card
 
 
-def _turned(before: list[bool], after: list[bool], was: bool) -> dict[str, Any]:
+def turned(before: list[bool], after: list[bool], was: bool) -> dict[str, Any]:
     """Of the answers that were right (wrong), how many changed."""
     of = sum(value == was for value in before)
     changed = sum(a == was and b != was for a, b in zip(before, after, strict=True))

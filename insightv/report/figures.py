@@ -102,7 +102,7 @@ def dots(
     for tick in ticks:
         body.append(_line(x(tick), top - 4, x(tick), bottom, "grid"))
         sign = "+" if zero and tick > 0 else ""
-        body.append(_text(x(tick), bottom + 14, f"{sign}{_number(tick)}", "tick middle"))
+        body.append(_text(x(tick), bottom + 14, f"{sign}{number_text(tick)}", "tick middle"))
     if zero:
         body.append(_line(x(0), top - 4, x(0), bottom, "axis"))
     for number, row in enumerate(rows):
@@ -175,11 +175,11 @@ def histograms(
     for tick in ticks:
         if tick == int(tick):
             body.append(_line(left, y(tick), right, y(tick), "grid" if tick else "axis"))
-            body.append(_text(left - 6, y(tick) + 4, _number(tick), "tick end"))
+            body.append(_text(left - 6, y(tick) + 4, number_text(tick), "tick end"))
     for tick in nice_ticks(low, high, 5):
         if low <= tick <= high and tick == int(tick):
             body.append(_line(x(tick), bottom, x(tick), bottom + 4, "axis"))
-            body.append(_text(x(tick), bottom + 16, _number(tick), "tick middle"))
+            body.append(_text(x(tick), bottom + 16, number_text(tick), "tick middle"))
     for name, values in shown.items():
         width = (high - low) / len(values)
         steps = [f"M{x(low):.1f} {bottom:.1f}"]
@@ -214,18 +214,18 @@ def lines(title: str, series: Sequence[Series]) -> Markup:
     for tick in ticks:
         y = place((first, tick))[1]
         body.append(_line(left, y, right, y, "grid"))
-        body.append(_text(left - 6, y + 4, _number(tick), "tick end"))
+        body.append(_text(left - 6, y + 4, number_text(tick), "tick end"))
     for tick in nice_ticks(first, last, 4):
         if first <= tick <= last and tick == int(tick):
-            body.append(_text(place((tick, low))[0], bottom + 16, _number(tick), "tick middle"))
-    ends = _apart([place(line.points[-1])[1] for line in shown])
+            body.append(_text(place((tick, low))[0], bottom + 16, number_text(tick), "tick middle"))
+    ends = apart([place(line.points[-1])[1] for line in shown])
     for line, end in zip(shown, ends, strict=True):
         path = "L".join(f"{px:.1f} {py:.1f}" for px, py in map(place, thin(line.points)))
         body.append(Markup('<path class="line {}" d="M{}"/>').format(line.style, path))
         if len(shown) > 1:
             body.append(_text(right + 5, end + 4, line.name, f"name {line.style}"))
     about = "; ".join(
-        f"{line.name} from {_number(line.points[0][1])} to {_number(line.points[-1][1])}"
+        f"{line.name} from {number_text(line.points[0][1])} to {number_text(line.points[-1][1])}"
         for line in shown
     )
     return svg(body, bottom + 22, title, about)
@@ -279,7 +279,7 @@ def thin(points: Sequence[Point], most: int = 400) -> Sequence[Point]:
     ]
 
 
-def _apart(heights: Sequence[float], gap: float = 13.0) -> list[float]:
+def apart(heights: Sequence[float], gap: float = 13.0) -> list[float]:
     """Moves labels down until none covers another."""
     placed = list(heights)
     last = -math.inf
@@ -288,7 +288,7 @@ def _apart(heights: Sequence[float], gap: float = 13.0) -> list[float]:
     return placed
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
     """Short and typographic: 0.25, 1,200, −3."""
     text = f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
     return text.replace("-", "\u2212")
