@@ -35,10 +35,10 @@ def clean(
 ) -> list[Removable]:
     """Deletes what a run no longer needs, or only lists it.
 
-    From complete stages: parts, leases, progress, the folders of intermediate checkpoints
-    (``checkpoints`` beside a stage's outputs or in its own folder). What an interrupted
-    removal left behind goes as well. Stages that are not complete keep everything, since
-    they resume from it.
+    From complete stages: parts, files a kill left half written, leases, progress, the folders
+    of intermediate checkpoints (``checkpoints`` beside a stage's outputs or in its own folder).
+    What an interrupted removal left behind goes as well. Stages that are not complete keep
+    everything, since they resume from it.
 
     Args:
         chain: The run.
@@ -75,7 +75,9 @@ def _removable(chain: Chain, logs: bool, data: bool) -> Iterator[Removable]:
     for name, stage in chain.stages.items():
         if not standing[name]:
             continue
-        for part in sorted(run.shards(name).glob("*.part*")):
+        # A kill between the writing of a file and its renaming leaves `.<name>.<hex>.tmp`.
+        parts = [*run.shards(name).glob("*.part*"), *run.shards(name).glob(".*.tmp")]
+        for part in sorted([*parts, *run.stage_dir(name).glob(".*.tmp")]):
             yield Removable(name, "parts", part, size(part))
         folders = [("leases", run.leases(name)), ("progress", run.progress(name))]
         folders += [("checkpoints", run.stage_dir(name) / "checkpoints")]

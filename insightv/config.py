@@ -202,11 +202,13 @@ class EvaluationSection:
     resamples_seed: int = 0
 
     def validate(self) -> None:
-        """Checks the split; `insightv.chain.assemble` checks the entries.
+        """Checks the split and the sampling; `insightv.chain.assemble` checks the entries.
 
         Raises:
-            UserError: There is no such split to evaluate on.
+            UserError: There is no such split to evaluate on, or tokens cannot be drawn so.
         """
+        for name in ("reasoning", "answer", "voting"):
+            getattr(self, name).validate(f"evaluation.{name}")
         if self.split not in SPLITS:
             raise UserError(f"evaluation.split is {self.split!r}: use {' or '.join(SPLITS)}")
 

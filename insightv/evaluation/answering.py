@@ -30,7 +30,8 @@ from insightv.agents import (
 from insightv.assessment.judge import Judge
 from insightv.assessment.rules import normal, stated
 from insightv.curation.controls import parse_direct
-from insightv.engines.base import Engine, Request, Sampling
+from insightv.engines.base import Engine, Request
+from insightv.engines.config import SamplingConfig
 from insightv.prompting import Prompts
 from insightv.records import Prediction, Question, Step, seed_for
 from insightv.steps import parse_steps, render_steps
@@ -50,24 +51,16 @@ CARD = ("agent", "none", "other")
 
 
 @dataclass
-class CallConfig:
-    """How one agent's tokens are drawn. Each agent has its own limits.
+class CallConfig(SamplingConfig):
+    """How one agent's tokens are drawn; each agent has its own limits. See `SamplingConfig`.
 
     Attributes:
         temperature: 0.2, the paper's setting at inference; 0 is greedy.
         top_p: 0.95, likewise.
-        repetition_penalty: 1 is off: a chain of steps repeats labels and values by nature.
-        max_tokens: Most tokens of one call.
     """
 
     temperature: float = 0.2
     top_p: float = 0.95
-    repetition_penalty: float = 1.0
-    max_tokens: int = 1024
-
-    def sampling(self) -> Sampling:
-        """As an engine takes it."""
-        return Sampling(self.temperature, self.top_p, self.repetition_penalty, self.max_tokens)
 
 
 @dataclass

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -86,13 +87,17 @@ def test_a_stage_without_its_parent_is_outdated(chain: Chain) -> None:
 
 def test_clean_deletes_what_can_be_missed(chain: Chain) -> None:
     part = chain.run.shards("double") / "00003.0.part"
-    part.write_bytes(b"x" * 1000)
+    part.write_bytes(b"x" * 900)
+    (part.parent / ".00003.json.0123456789ab.tmp").write_bytes(b"x" * 60)
+    (chain.run.stage_dir("double") / ".manifest.json.0123456789ab.tmp").write_bytes(b"x" * 40)
     checkpoints = chain.run.stage_dir("total") / "checkpoints" / "step-1"
     checkpoints.mkdir(parents=True)
     (checkpoints / "weights").write_bytes(b"x" * 5000)
     listed = clean(chain)
     assert part.exists() and checkpoints.exists()
-    found = {(item.stage, item.what): item.bytes for item in listed}
+    found = Counter()
+    for item in listed:
+        found[item.stage, item.what] += item.bytes
     assert found["double", "parts"] == 1000 and found["total", "checkpoints"] == 5000
     assert not any(what in ("shards", "logs") for _, what in found)
     before = size(chain.run.path)
