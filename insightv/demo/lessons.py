@@ -103,13 +103,19 @@ def reasoning_lessons(chart: Chart, rng: random.Random) -> list[Lesson]:
 
 
 def thinking_lessons(table: Table, rng: random.Random) -> list[Lesson]:
-    """Without a picture: what to read, how to work on it, what to conclude; and sums."""
-    if rng.random() < 0.25:
+    """Without a picture: how to work on what was read, what follows from given steps; and sums."""
+    if rng.random() < 0.15:
         return [_drill(rng, 25)]
     lessons = []
     for _ in range(5):
-        question = draw_question(table, rng, HARDER if rng.random() < 0.4 else tuple(TASKS))
-        lessons.append(_path(question, worked_steps(question, table, rng), learned="work"))
+        kind = rng.random()
+        if kind < 0.15:
+            lessons.append(_summary(table, rng, ask_table(table)))
+        elif kind < 0.3:
+            lessons.append(_summary(table, rng))
+        else:
+            question = draw_question(table, rng, HARDER if kind < 0.7 else tuple(TASKS))
+            lessons.append(_path(question, worked_steps(question, table, rng), learned="work"))
     return lessons
 
 
@@ -253,9 +259,9 @@ def _drill(rng: random.Random, count: int) -> Lesson:
     return Lesson((PROMPTS.render("table"), render_steps(steps)), learned="results")
 
 
-def _summary(table: Table, rng: random.Random) -> Lesson:
+def _summary(table: Table, rng: random.Random, question: Ask | None = None) -> Lesson:
     """The answer a given reasoning arrives at, be it right or wrong: trust comes later."""
-    question = draw_any(table, rng)
+    question = question or draw_any(table, rng)
     believed = misread(table, question.needed, rng) if rng.random() < 0.5 else table
     followed = solve(question, believed) or question
     steps = worked_steps(followed, believed if followed is not question else table, rng)

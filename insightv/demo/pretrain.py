@@ -76,7 +76,7 @@ def lesson_kind(spoken: float, rng: random.Random) -> str:
     if spoken < 0.3:
         return rng.choices(("mixed", "retrieval", "thinking"), (3, 5, 2))[0]
     kinds = ("mixed", "retrieval", "reasoning", "thinking", "scoring")
-    return rng.choices(kinds, (12, 8, 35, 15, 30))[0]
+    return rng.choices(kinds, (12, 8, 35, 25, 20))[0]
 
 
 def train(rank: int, options: Options, meeting: str) -> None:
