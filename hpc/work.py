@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 import traceback
 
@@ -44,7 +45,7 @@ def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
         try:
             context = RunContext(chain, stage, signals)
             if stage.kind == "map":
-                return Worker(chain, stage, context, signals, pace or Pace()).run()
+                return Worker(chain, stage, context, signals, pace or _pace()).run()
             return _run_job(chain, stage, context, signals)
         except UserError:
             raise
@@ -53,9 +54,18 @@ def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
             return 1
 
 
+def _pace() -> Pace:
+    """The usual pace; a cluster profile sets how long a silent lease lives."""
+    ttl = os.environ.get("HPC_LEASE_TTL")
+    return Pace(ttl=float(ttl)) if ttl else Pace()
+
+
 def _run_job(chain: Chain, stage: Stage, context: RunContext, signals: Signals) -> int:
-    """Runs a job once; its counts, written at the end, tell the gate that it is done."""
+    """Runs a job once; its counts, written at the end by rank 0, tell the gate it is done."""
     assert stage.run is not None
+    if stage.distributed and int(os.environ.get("RANK", "0")) > 0:
+        counts = stage.run(context)
+        return 0 if counts is not None else signals.status() or 0
     path = chain.run.counts(stage.name)
     path.unlink(missing_ok=True)
     if (asked := signals.status()) is not None:

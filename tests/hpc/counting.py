@@ -1,6 +1,6 @@
 """A chain of seconds without torch: numbers → double, square → total, triple.
 
-As a program: ``counting.py run RUN [key=value …]`` and ``counting.py work RUN STAGE``.
+As a program: ``counting.py run RUN [key=value …]``, and the payloads of `hpc.control`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import config as configs
+from hpc.control import payload
 from hpc.driver import drive
 from hpc.errors import RecordError, UserError
 from hpc.executors.local import LocalExecutor
 from hpc.rundir import Chain, RunDir
 from hpc.shards import join, write_groups
 from hpc.stages import Context, Counts, Row, Stage
-from hpc.work import work
 
 
 @dataclass
@@ -153,7 +153,7 @@ def main(words: Sequence[str]) -> int:
         if command == "run":
             run(Path(path), rest)
             return 0
-        return work(open_chain(Path(path)), rest[0])
+        return payload(open_chain(Path(path)), [command, *rest])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
