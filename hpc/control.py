@@ -15,9 +15,8 @@ from typing import Any
 from hpc import gates
 from hpc.cluster import Profile, read_profile
 from hpc.disk import make_folder
-from hpc.driver import last_line
 from hpc.errors import UserError
-from hpc.planning import scripts
+from hpc.logs import last_line
 from hpc.rundir import CANCELLED, STOPPED, Chain, read_json, write_json
 from hpc.work import work
 
@@ -109,6 +108,8 @@ def preflight(chain: Chain, names: list[str]) -> int:
 
 def _again(chain: Chain, name: str, profile: Profile, attempt: int, first: int) -> int:
     """Another attempt for what is missing, unless there were too many."""
+    from hpc.planning import scripts  # only a gate that retries makes batch scripts
+
     run = chain.run
     reason = gates.describe_missing(chain, name)
     left = len((read_json(run.missing(name)) or {}).get("shards", []))
@@ -178,7 +179,7 @@ def _overspent(chain: Chain, profile: Profile) -> str:
     limit = profile.budget.gpu_hours
     if not limit:
         return ""
-    spent = gpu_hours(chain, profile)
+    spent = gpu_hours(chain)
     if spent < limit:
         return ""
     return (
@@ -187,16 +188,10 @@ def _overspent(chain: Chain, profile: Profile) -> str:
     )
 
 
-def gpu_hours(chain: Chain, profile: Profile) -> float:
-    """GPU-hours of a run's jobs, as they told when they ended."""
-    total = 0.0
-    for entry in chain.run.read_jobs():
-        stage = chain.stages.get(entry.get("stage", ""))
-        if entry.get("event") == "ended" and entry["role"] == "work" and stage is not None:
-            asked = profile.of_stage(stage)
-            nodes = asked.nodes if stage.distributed else 1
-            total += entry["seconds"] * asked.gpus * nodes / 3600
-    return total
+def gpu_hours(chain: Chain) -> float:
+    """GPU-hours of a run's jobs, as they noted when they ended."""
+    ended = (entry for entry in chain.run.read_jobs() if entry.get("event") == "ended")
+    return sum(float(entry["seconds"]) * entry["gpus"] for entry in ended) / 3600
 
 
 def _log(chain: Chain, entry: dict[str, Any]) -> Path:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import re
 import uuid
 
-from hpc.disk import make_folder
+from hpc.disk import make_folder, write_atomic
 from hpc.rundir import RunDir
 
 _JOB = re.compile(r"(?P<stage>.+?)(?P<gate>\.gate)?-a(?P<attempt>\d+)")
 
 
 def run_id(run: RunDir) -> str:
-    """Eight hex digits that are this run's alone; made when first asked for."""
-    path = make_folder(run.path / "slurm") / "id"
+    """Eight hex digits that are this run's alone; ``new`` until `make_id` drew them."""
     try:
-        with path.open("x") as file:
-            file.write(uuid.uuid4().hex[:8])
-    except FileExistsError:
-        pass
-    return path.read_text().strip()
+        return (run.path / "slurm" / "id").read_text().strip()
+    except FileNotFoundError:
+        return "new"
+
+
+def make_id(run: RunDir) -> str:
+    """Draws the run's id, unless it has one.
+
+    Only the path would not do: jobs of a run that was deleted may still be remembered.
+    """
+    path = make_folder(run.path / "slurm") / "id"
+    if not path.exists():
+        write_atomic(path, uuid.uuid4().hex[:8] + "\n")
+    return run_id(run)
 
 
 def prefix(run: RunDir) -> str:

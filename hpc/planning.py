@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpc import gates
 from hpc.cluster import Profile, Resources
 from hpc.executors.base import Job
 from hpc.executors.batch import Retry, text
 from hpc.executors.slurm import SlurmExecutor
-from hpc.naming import gate_name, prefix, work_name
+from hpc.naming import gate_name, next_attempt, prefix, work_name
 from hpc.rundir import Chain
 
 PREFLIGHT = "preflight"
@@ -160,3 +161,89 @@ def _command(chain: Chain, profile: Profile, *words: str) -> tuple[str, ...]:
     command, *rest = words
     program = profile.program or chain.command
     return (*program, command, str(chain.run.path), *rest)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job of a plan.
+
+    Attributes:
+        name: The job's name.
+        file: What its script is called.
+        after: The names of the jobs it waits for.
+        condition: ``afterok``, ``afterany`` or empty.
+        job: What runs.
+        resources: What it asks for.
+        text: Its exact sbatch text. Its dependency, which needs ids, is given at submission.
+    """
+
+    name: str
+    file: str
+    after: tuple[str, ...]
+    condition: str
+    job: Job
+    resources: Resources
+    text: str
+
+
+def plan_of(chain: Chain, profile: Profile) -> list[Planned]:
+    """Every job that a submission of a chain would queue now, in order."""
+    standing = gates.standing(chain)
+    todo = [name for name in chain.stages if not standing[name]]
+    first = [name for name in todo if not set(chain.stages[name].parents) & set(todo)]
+    if not todo:
+        return []
+    attempt = next_attempt(chain.run, PREFLIGHT)
+    preflight = Step(preflight_job(chain, profile, first, attempt), profile.gate)
+    planned = [_planned(chain, profile, preflight, PREFLIGHT)]
+    gate_of: dict[str, str] = {}
+    for name in todo:
+        attempt = next_attempt(chain.run, name)
+        work, gate = steps_of(chain, profile, name, attempt, attempt)
+        gate_of[name] = gate.job.name
+        before = tuple(gate_of[parent] for parent in chain.stages[name].parents if parent in todo)
+        work = replace(work, after=before or (preflight.job.name,), condition="afterok")
+        planned.append(_planned(chain, profile, work, name))
+        planned.append(_planned(chain, profile, gate, f"{name}.gate"))
+    return planned
+
+
+def _planned(chain: Chain, profile: Profile, step: Step, file: str) -> Planned:
+    return Planned(
+        name=step.job.name,
+        file=file,
+        after=step.after,
+        condition=step.condition,
+        job=step.job,
+        resources=step.resources,
+        text=step_text(chain, profile, step),
+    )
+
+
+def chain_script(planned: Sequence[Planned]) -> str:
+    """A script that submits a plan's scripts, from the folder it lies in."""
+    lines = [
+        "#!/bin/bash",
+        "# Submits the whole chain; the ids go where the run's gates look for them.",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")"',
+        "declare -A id",
+        "send() {  # NAME SCRIPT STAGE ATTEMPT ROLE [OPTION]",
+        "  local name=$1 script=$2 stage=$3 attempt=$4 role=$5; shift 5",
+        '  id[$name]=$(sbatch --parsable "$@" "$script")',
+        "  id[$name]=${id[$name]%%;*}",
+        '  printf \'{"time": %s, "event": "submitted", "name": "%s", "job": "%s", '
+        '"stage": "%s", "attempt": %d, "role": "%s"}\\n\' "$(date +%s)" "$name" "${id[$name]}" '
+        '"$stage" "$attempt" "$role" >>"$run/jobs.jsonl"',
+        '  echo "${id[$name]}  $name"',
+        "}",
+    ]
+    run = planned[0].job.command[planned[0].job.command.index(PREFLIGHT) + 1]
+    lines.insert(4, f"run={shlex.quote(run)}")
+    for item in planned:
+        job = item.job
+        words = [item.name, f"{item.file}.sh", job.stage, str(job.attempt), job.role]
+        after = "".join(f":${{id[{name}]}}" for name in item.after)
+        option = f' "--dependency={item.condition}{after}"' if item.after else ""
+        lines.append(f"send {' '.join(words)}{option}")
+    return "\n".join(lines) + "\n"

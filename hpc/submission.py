@@ -6,8 +6,8 @@ is missing: that is also how a run that stopped, was cancelled, or lost jobs goe
 
 from __future__ import annotations
 
+import copy
 import getpass
-import math
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -21,10 +21,11 @@ from hpc.disk import write_atomic
 from hpc.errors import UserError
 from hpc.executors.base import Job
 from hpc.executors.slurm import SlurmExecutor
-from hpc.naming import gate_name, next_attempt, parse_name, prefix, work_name
+from hpc.naming import make_id, next_attempt, parse_name, prefix
 from hpc.planning import PREFLIGHT, Step, preflight_job, steps_of
 from hpc.rundir import CANCELLED, STOPPED, Chain, RunDir, write_json
 from hpc.slurm import Queued
+from hpc.status import JobCounts
 
 _ROUNDS = 3
 Say = Callable[[str], None]
@@ -40,7 +41,13 @@ def on_cluster(run: RunDir) -> bool:
     return profile_path(run).exists()
 
 
-def submit(chain: Chain, profile: Profile, say: Say = print, remake: bool = False) -> int:
+def submit(
+    chain: Chain,
+    profile: Profile,
+    say: Say = print,
+    remake: bool = False,
+    prepare: Callable[[], None] | None = None,
+) -> int:
     """Queues everything a chain still lacks.
 
     Args:
@@ -48,6 +55,8 @@ def submit(chain: Chain, profile: Profile, say: Say = print, remake: bool = Fals
         profile: The cluster.
         say: Told what happens, a line at a time.
         remake: Make stages again that were made with another configuration.
+        prepare: Called once the run is held, before anything is submitted: writes the chain's
+            configuration, which its jobs read.
 
     Returns:
         How many jobs were submitted; 0 if the chain is complete or all of it is queued.
@@ -59,13 +68,15 @@ def submit(chain: Chain, profile: Profile, say: Say = print, remake: bool = Fals
     run = chain.run
     run.create()
     with run.lock():
+        if prepare is not None:
+            prepare()
         if not remake:
             gates.refuse_changes(chain)
         if all(gates.standing(chain).values()):
             return 0
         run.unmark(STOPPED, CANCELLED)
-        profile = _fitted(profile)
-        write_atomic(profile_path(run), dump(profile))
+        profile = keep_profile(run, profile)
+        make_id(run)
         run.add_provenance(chain.packages)
         count = 0
         for _ in range(_ROUNDS):
@@ -81,13 +92,15 @@ def submit(chain: Chain, profile: Profile, say: Say = print, remake: bool = Fals
         raise UserError(f"{run.path}: Slurm keeps losing jobs it has taken; ask its admins")
 
 
-def _fitted(profile: Profile) -> Profile:
-    """The profile within the cluster's limits on arrays."""
-    # The largest index is one less.
-    largest = int(slurm.config().get("MaxArraySize", "1001"))
-    fitted = replace(profile)
-    for asked in (fitted.cpu, fitted.gpu, fitted.training, *fitted.stages.values()):
-        asked.workers = min(asked.workers, max(largest, 1))
+def keep_profile(run: RunDir, profile: Profile) -> Profile:
+    """Writes the profile into the run, for its gates; within the cluster's limits on arrays."""
+    fitted = copy.deepcopy(profile)
+    if slurm.available():
+        # The largest index is one less than this.
+        largest = int(slurm.config().get("MaxArraySize", "1001"))
+        for asked in (fitted.cpu, fitted.gpu, fitted.training, *fitted.stages.values()):
+            asked.workers = min(asked.workers, max(largest, 1))
+    write_atomic(profile_path(run), dump(fitted))
     return fitted
 
 
@@ -264,15 +277,40 @@ def cancel(run: RunDir, patience: float = 120.0) -> int:
         time.sleep(1.0)
 
 
-def gpu_hours_planned(chain: Chain, profile: Profile) -> float:
-    """Most GPU-hours a chain can use in one attempt a stage."""
-    total = 0.0
-    for stage in chain.stages.values():
-        asked = profile.of_stage(stage)
-        wide = min(asked.workers, stage.workers) if stage.kind == "map" else 1
-        nodes = asked.nodes if stage.distributed else 1
-        total += wide * nodes * asked.gpus * asked.minutes / 60
-    return math.ceil(100 * total) / 100
+def job_counts(run: RunDir) -> dict[str, JobCounts]:
+    """The jobs of each stage that wait or run, in one call of squeue."""
+    found: dict[str, JobCounts] = {}
+    for job in live_jobs(run):
+        if (parsed := parse_name(run, job.name)) is None:
+            continue
+        counts = found.setdefault(parsed[0], JobCounts())
+        if job.state not in slurm.WAITING:
+            counts.running += job.count
+            continue
+        counts.pending += job.count
+        counts.why = counts.why or job.reason
+        if "eld" in job.reason or "HOLD" in job.state:
+            counts.held += job.count
+            counts.why = job.reason
+    return found
 
 
-__all__ = ["cancel", "gate_name", "live_jobs", "on_cluster", "submit", "work_name"]
+def hours(run: RunDir) -> dict[str, float]:
+    """Node-, core- and GPU-hours so far, attempts before a requeue included.
+
+    One call of sacct; where the cluster keeps no accounts, what the jobs noted at their end.
+    """
+    entries = run.read_jobs()
+    jobs = [entry["job"] for entry in entries if entry.get("event") == "submitted"]
+    spent = slurm.accounts(jobs)
+    if spent:
+        return {
+            "node": sum(item.seconds * item.nodes for item in spent) / 3600,
+            "core": sum(item.seconds * item.cores for item in spent) / 3600,
+            "gpu": sum(item.seconds * item.gpus for item in spent) / 3600,
+        }
+    ended = [entry for entry in entries if entry.get("event") == "ended"]
+    return {
+        key: sum(entry["seconds"] * entry.get(of, 0) for entry in ended) / 3600
+        for key, of in (("node", "nodes"), ("core", "cores"), ("gpu", "gpus"))
+    }

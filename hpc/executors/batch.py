@@ -153,6 +153,9 @@ def _setup(
         "requeues": str(profile.requeues),
         "patience": str(round(profile.submit.patience)),
         "log": str(log_path(run, job)).replace("%a", "*"),
+        "nodes": str(job.nodes),
+        "cores": str(job.nodes * job.tasks * resources.cores),
+        "gpus": str(job.nodes * resources.gpus),
         "payload": "",
     }
     lines = ["set -u", *(f"{name}={shlex.quote(value)}" for name, value in known.items())]

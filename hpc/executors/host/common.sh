@@ -15,9 +15,9 @@ run() {
 
 # Tells the run how this job ended; what it stored stands in the run directory already.
 ended() {
-  printf '{"time": %s, "event": "ended", "name": "%s", "job": "%s", "stage": "%s", "attempt": %d, "role": "%s", "node": "%s", "restart": %d, "seconds": %d, "status": %d, "asked": "%s"}\n' \
+  printf '{"time": %s, "event": "ended", "name": "%s", "job": "%s", "stage": "%s", "attempt": %d, "role": "%s", "node": "%s", "restart": %d, "seconds": %d, "nodes": %d, "cores": %d, "gpus": %d, "status": %d, "asked": "%s"}\n' \
     "$(date +%s)" "$name" "$me" "$stage" "$attempt" "$role" "${SLURMD_NODENAME:-$(hostname)}" \
-    "${SLURM_RESTART_COUNT:-0}" "$SECONDS" "$status" "$asked" >>"$run/jobs.jsonl"
+    "${SLURM_RESTART_COUNT:-0}" "$SECONDS" "$nodes" "$cores" "$gpus" "$status" "$asked" >>"$run/jobs.jsonl"
 }
 
 # Whether the run was cancelled or stopped.
