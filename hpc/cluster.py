@@ -154,6 +154,13 @@ class Profile:
         export: Variables that jobs inherit from whoever submits; no others pass.
         scratch: A folder on each node for temporary files; empty: the node's own TMPDIR.
         lease_ttl: Seconds without a heartbeat after which a dead worker's shard is taken over.
+        stall: Seconds without progress after which a payload is taken for hung: a worker is
+            robbed of its shards and ends itself after twice as long; a training prints every
+            thread's stack and is queued again. Must exceed the loading of a model and the
+            longest step.
+        notify: A line of bash that each gate runs when it stops the chain, and the last one when
+            the chain is complete, with the message as ``$1``: ``mail -s "$1" me@site </dev/null``
+            or ``curl -d "$1" "$HOOK"``. Empty: nobody is told.
         requeues: How often a job may queue itself again at its time limit.
         kill_invalid: Let Slurm cancel jobs whose dependency can no longer come true. A few
             sites' Slurm does that too eagerly: then false, and gates do it.
@@ -176,6 +183,8 @@ class Profile:
     export: list[str] = field(default_factory=lambda: list(EXPORTED))
     scratch: str = ""
     lease_ttl: float = 60.0
+    stall: float = 1800.0
+    notify: str = ""
     requeues: int = 100
     kill_invalid: bool = True
     submit: Submission = field(default_factory=Submission)
@@ -195,8 +204,15 @@ class Profile:
             resources.validate(f"stages.{name}")
         if self.gate.retries < 0 or self.requeues < 0:
             raise UserError("gate.retries and requeues: give 0 or more")
-        if self.submit.per_second <= 0 or self.submit.patience < 0 or self.lease_ttl <= 0:
-            raise UserError("submit.per_second, submit.patience, lease_ttl: give positive numbers")
+        if (
+            self.submit.per_second <= 0
+            or self.submit.patience < 0
+            or self.lease_ttl <= 0
+            or self.stall <= 0
+        ):
+            raise UserError(
+                "submit.per_second, submit.patience, lease_ttl and stall: give positive numbers"
+            )
         for name in self.export:
             if not _VARIABLE.fullmatch(name):
                 raise UserError(f"export: {name!r} is no variable's name")

@@ -82,6 +82,8 @@ def gate(chain: Chain, name: str, attempt: int, first: int) -> int:
         if name in stage.parents and all(gates.fresh(chain, p) for p in stage.parents):
             gates.prepare(chain, other)
     print(f"stage {name}: complete", flush=True)
+    if all(gates.standing(chain).values()):
+        (run.path / "slurm" / "finished").touch()
     return gates.DONE
 
 
@@ -184,7 +186,7 @@ def _overspent(chain: Chain, profile: Profile) -> str:
         return ""
     return (
         f"{spent:.2f} GPU-hours are used, the budget of {limit:g} (budget.gpu_hours); "
-        "raise it and `insightv retry`"
+        "raise it in the profile and submit again"
     )
 
 

@@ -74,7 +74,7 @@ def submit(
             gates.refuse_changes(chain)
         if all(gates.standing(chain).values()):
             return 0
-        run.unmark(STOPPED, CANCELLED)
+        run.unmark(STOPPED, CANCELLED, "slurm/finished")
         profile = keep_profile(run, profile)
         make_id(run)
         run.add_provenance(chain.packages)

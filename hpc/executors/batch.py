@@ -171,7 +171,7 @@ def _setup(
     lines.append(_bash("common"))
     if job.role == "work":
         return lines
-    lines.append(f"exported=({' '.join(profile.export)})")
+    lines.append(f"exported=({' '.join(profile.export)}) notify={shlex.quote(profile.notify)}")
     if retry is not None:
         lines += [
             f"prefix={retry.prefix} next_work={retry.work} next_gate={retry.gate}",
@@ -189,6 +189,7 @@ def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:
         "PYTHONNOUSERSITE": "1",
         "HF_HUB_OFFLINE": "1",
         "HPC_LEASE_TTL": f"{profile.lease_ttl:g}",
+        "HPC_STALL": f"{profile.stall:g}",
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.threads)),
     }
     if profile.scratch:

@@ -248,12 +248,22 @@ def logs(
         ]
     whole = stage is not None or failed
     for name in names:
-        for log in _last_attempt(chain.run.logs(name)):
+        for log in [*_last_attempt(chain.run.logs(name)), *_gate_logs(chain, name, whole)]:
             said = log.read_text(errors="replace").splitlines()
             if whole:
                 print(f"==> {log} <==", *map(_plain, said[-lines:]), sep="\n")
             elif said:
                 print(f"{name}: {_plain(said[-1])[:120]}")
+
+
+def _gate_logs(chain: Chain, stage: str, wanted: bool) -> list[Path]:
+    """On a cluster: what a stage's last gate said."""
+    from hpc.naming import gate_name
+
+    folder = chain.run.path / "slurm" / "logs"
+    pattern = gate_name(chain.run, stage, 0).removesuffix("0") + "*.log"
+    found = list(folder.glob(pattern)) if wanted else []
+    return sorted(found, key=lambda log: log.stat().st_mtime)[-1:]
 
 
 def _last_attempt(folder: Path) -> list[Path]:

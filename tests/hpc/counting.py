@@ -1,11 +1,13 @@
 """A chain of seconds without torch: numbers → double, square → total, triple.
 
-As a program: ``counting.py run RUN [key=value …]``, and the payloads of `hpc.control`.
+As a program: ``counting.py run RUN [key=value …]``, ``submit RUN PROFILE [key=value …]``,
+``cancel RUN``, ``status RUN``, and the payloads of `hpc.control`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
@@ -14,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import config as configs
+from hpc import gates, submission
+from hpc.cluster import read_profile
 from hpc.control import payload
+from hpc.disk import write_atomic
 from hpc.driver import drive
 from hpc.errors import RecordError, UserError
 from hpc.executors.local import LocalExecutor
 from hpc.rundir import Chain, RunDir
 from hpc.shards import join, write_groups
 from hpc.stages import Context, Counts, Row, Stage
+from hpc.status import status
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Counting:
     offset: int = 0
     fail_every: int = 0  # every such number fails
     fault: str = configs.unhashed("")  # stage:kind, kind one of user, crash, exit, requeue
+    small: bool = configs.unhashed(False)  # only numbers, double and, after that, triple
     error_limit: float = configs.unhashed(0.0)
     pause: float = configs.unhashed(0.0)  # seconds a number takes
     workers: int = configs.unhashed(2)
@@ -106,6 +113,9 @@ def make_chain(run: Path, settings: Counting) -> Chain:
         ),
         Stage("triple", "map", over, after=("total",), load=load("triple", 3), **common),
     ]
+    if settings.small:
+        after = Stage("triple", "map", over, after=("double",), load=load("triple", 3), **common)
+        stages = [*stages[:2], after]
     command = [sys.executable, str(Path(__file__).resolve())]
     return Chain(stages, RunDir(run), command)
 
@@ -147,12 +157,43 @@ def run(path: Path, overrides: Sequence[str] = (), **options: object) -> Chain:
     return chain
 
 
+def open_settings(run: Path) -> Counting:
+    return configs.load(Counting, RunDir(run).chain_file)
+
+
+def send(path: Path, profile: str, *overrides: str) -> int:
+    """Submits to a cluster; the overrides are kept unless they are refused."""
+    run = RunDir(path)
+    source = run.chain_file if run.chain_file.exists() else None
+    settings = configs.load(Counting, source, overrides)
+    chain = make_chain(path, settings)
+
+    def save() -> None:
+        gates.refuse_changes(chain)
+        write_atomic(run.chain_file, configs.dump(settings))
+
+    print(submission.submit(chain, read_profile(Path(profile)), prepare=save))
+    return 0
+
+
 def main(words: Sequence[str]) -> int:
     command, path, *rest = words
     try:
         if command == "run":
             run(Path(path), rest)
             return 0
+        if command == "submit":
+            return send(Path(path), *rest)
+        if command == "cancel":
+            print(submission.cancel(RunDir(path)))
+            return 0
+        if command == "status":
+            chain = open_chain(Path(path))
+            found = status(chain, submission.job_counts(chain.run))
+            print(json.dumps(found | {"hours": submission.hours(chain.run)}))
+            return 0
+        if command == "gate" and open_settings(Path(path)).fault == "gate:exit":
+            return 1
         return payload(open_chain(Path(path)), [command, *rest])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -72,6 +72,9 @@ retry() {
   repoint
 }
 
+# MESSAGE: tells whoever wants to know.
+tell() { [ -z "$notify" ] || bash -c "$notify" notify "$run: $1"; }
+
 # REASON: the chain ends here; whatever of the run is queued or runs is asked to leave.
 stop() {
   local ids
@@ -83,6 +86,7 @@ stop() {
     [ -z "$ids" ] || slurm scancel $ids
     sleep 1
   done
+  tell "stopped: $(cat "$run/STOPPED" 2>/dev/null)"
   ended
   exit 77
 }
