@@ -168,6 +168,8 @@ class _Submission:
         return self._send(Step(job, self.profile.gate), "")
 
     def _send(self, step: Step, after: str) -> str:
+        if self.chain.run.marked(CANCELLED) is not None:
+            raise UserError(f"{self.chain.run.path}: cancelled while it was being submitted")
         job = replace(step.job, after=after)
         self.executor.write(job, step.resources, step.retry)
         handle = self.executor.send(job)
@@ -182,9 +184,9 @@ class _Submission:
 
         What belongs to them is cancelled, so that another pass makes it again.
         """
-        if not self.sent:
-            return False
         run = self.chain.run
+        if not self.sent or run.marked(STOPPED) is not None or run.marked(CANCELLED) is not None:
+            return False
         known = {
             (job.name, job.job)
             for job in slurm.queue(prefix(run) + "-", True, self.profile.submit.patience)

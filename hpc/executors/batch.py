@@ -158,7 +158,7 @@ def _setup(
         "gpus": str(job.nodes * resources.gpus),
         "payload": "",
     }
-    lines = ["set -u", *(f"{name}={shlex.quote(value)}" for name, value in known.items())]
+    lines = [f"{name}={shlex.quote(value)}" for name, value in known.items()]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _variables(job, profile)]
     if profile.environment:
         lines.append(f". {shlex.quote(profile.environment)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from hpc import slurm
@@ -10,6 +11,7 @@ from hpc.cluster import Profile, Resources
 from hpc.disk import make_folder, write_atomic
 from hpc.executors.base import Job, State
 from hpc.executors.batch import Retry, script_path, text
+from hpc.naming import work_name
 from hpc.rundir import RunDir
 
 
@@ -64,7 +66,10 @@ class SlurmExecutor:
         return handle
 
     def submit(self, job: Job) -> str:
-        """Writes a job's script and submits it."""
+        """Writes a job's script and submits it; without a name, the one of its attempt."""
+        if not job.name:
+            name = work_name(self.run, job.stage, job.attempt)
+            job = replace(job, name=name, array=job.count > 1)
         kinds = {"cpu": self.profile.cpu, "gpu": self.profile.gpu}
         self.write(job, self.profile.stages.get(job.stage) or kinds[job.resources])
         return self.send(job)

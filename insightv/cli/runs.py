@@ -213,7 +213,7 @@ def cancel(directory: RunArgument) -> None:
     from hpc.submission import on_cluster
 
     run = opened(directory).run
-    if on_cluster(run) and not run.locked():
+    if on_cluster(run):
         count = cancel_jobs(run)
         print(f"{run.path}: {count} jobs cancelled; `insightv retry {directory}` goes on with it")
         return
@@ -295,7 +295,10 @@ def clean(
     """Delete what complete stages no longer need."""
     from hpc.retention import clean as sweep
 
-    found = sweep(opened(directory), plan=plan, logs=with_logs, data=data)
+    chain = opened(directory)
+    if not plan:
+        _refuse_queued(chain)
+    found = sweep(chain, plan=plan, logs=with_logs, data=data)
     for item in found:
         print(f"{item.bytes / 2**20:10.2f} MiB  {item.what:12} {item.path}")
     total = sum(item.bytes for item in found) / 2**20

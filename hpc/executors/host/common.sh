@@ -1,3 +1,4 @@
+set -u  # only from here on: modules and environments seldom bear it
 asked= status=1
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 else me=$SLURM_JOB_ID; fi

@@ -42,6 +42,7 @@ dependency() {
   local parent id ids=
   for parent; do
     id=$(recorded "$prefix-$parent\.gate-a[0-9]*")
+    [ -n "$id" ] || continue
     grep -q '"event": "ended".*"job": "'"$id"'".*"status": 0,' "$run/jobs.jsonl" || ids+=":$id"
   done
   printf 'afterok%s' "$ids"
