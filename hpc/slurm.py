@@ -19,6 +19,7 @@ from hpc.errors import UserError
 
 _AWAY = re.compile(
     r"[Cc]ontact|timed out|[Rr]efused|[Tt]emporar|Zero Bytes|try again|[Uu]nexpected message"
+    r"|configuration source"
 )
 _QUEUE = "%F|%K|%j|%T|%N|%M|%r"
 _ACCOUNTS = ("JobID", "JobName", "State", "ElapsedRaw", "AllocTRES", "NodeList")
@@ -284,9 +285,15 @@ def cancel(jobs: Sequence[str], kill: bool = False, patience: float = 600.0) -> 
 
 
 def test_only(script: Path, exported: Sequence[str]) -> str:
-    """What Slurm thinks of a script, submitting nothing: empty, or why it refuses."""
+    """What Slurm thinks of a script, submitting nothing: empty, or why it refuses.
+
+    Raises:
+        SlurmError: Slurm cannot be asked.
+    """
     try:
         call("sbatch", "--test-only", str(script), env=environment(exported))
     except SlurmError as error:
+        if error.away:
+            raise
         return error.said
     return ""

@@ -149,7 +149,12 @@ def _check(planned: list[Any], profile: Profile) -> None:
         script = Path(folder) / "job.sh"
         for item in planned:
             script.write_text(item.text)
-            if said := slurm.test_only(script, profile.export):
+            try:
+                said = slurm.test_only(script, profile.export)
+            except slurm.SlurmError as error:
+                print(f"Slurm does not answer ({error.said}): the scripts were not checked")
+                return
+            if said:
                 raise UserError(f"{item.name}: sbatch --test-only refuses it ({said})")
     print(f"sbatch --test-only takes all {len(planned)} scripts")
 
