@@ -20,6 +20,9 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MEMORY = re.compile(r"[1-9]\d*[KMGT]?")
 _SECRET = re.compile(r"(?i)(api_?key|token|secret|passw|credential)")
 
+_EARLY = 60
+"""Seconds by which Slurm may send the signal too early."""
+
 EXPORTED = [
     "HOME",
     "USER",
@@ -48,7 +51,7 @@ class Resources:
         minutes: Time limit. A worker or training that needs longer saves, leaves and is queued
             again; shorter limits find room sooner.
         grace: Seconds before the limit at which a job is told to save and leave. Slurm may tell
-            it up to a minute late.
+            it up to a minute early.
         workers: Most elements of a map stage's array. Workers pull shards, so a few long-lived
             ones do; far fewer than there are shards.
         parallel: Most elements that run at once; 0: all of them.
@@ -86,9 +89,10 @@ class Resources:
                 raise UserError(f"{where}.{name} is {getattr(self, name)}; give 0 or more")
         if self.memory and not _MEMORY.fullmatch(self.memory):
             raise UserError(f"{where}.memory is {self.memory!r}; give a size such as 16G")
-        if self.grace >= 60 * self.minutes:
+        if self.grace + _EARLY >= 60 * self.minutes:
             raise UserError(
-                f"{where}.grace is {self.grace} s, as long as its {self.minutes} min; shorten it"
+                f"{where}.grace is {self.grace} s, too long for {self.minutes} min: Slurm may tell "
+                "a job a minute early to leave, and no time would be left to work"
             )
 
 

@@ -74,9 +74,9 @@ def test_preemption_of_all_workers(cluster: Testbed) -> None:
 
 def test_the_time_limit_of_workers(cluster: Testbed) -> None:
     asked = profile()
-    asked.cpu.partition, asked.cpu.minutes, asked.cpu.grace = "short", 1, 25
+    asked.cpu.minutes, asked.cpu.grace = 2, 30
     run = Run(cluster, asked)
-    run.submit(*SMALL, "pause=8.0")
+    run.submit(*SMALL, "pause=20.0")
     run.check()
     assert any(e["status"] in (75, 138) for e in run.ended("double"))
     assert max(e["restart"] for e in run.ended("double")) >= 1

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,7 +35,7 @@ def profile(tmp_path: Path, text: str) -> Profile:
     [
         ("partitoin: x", "partition"),
         ("gpu: {gpu: 1}", r"gpu\.gpus"),
-        ("cpu: {minutes: 1, grace: 60}", "grace"),
+        ("cpu: {minutes: 2, grace: 60}", "grace"),
         ("partition: 'a b; rm'", "partition"),
         ("export: [PATH, OPENAI_API_KEY]", "OPENAI_API_KEY.*environment"),
         ("cpu: {memory: lots}", "16G"),
@@ -102,6 +102,7 @@ def test_a_hand_made_submission_records_ids(tmp_path: Path) -> None:
     assert entries[3]["role"] == "work" and entries[4]["role"] == "gate"
 
 
+@settings(deadline=None)
 @given(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True), st.integers(0, 999))
 def test_names_are_read_back(stage: str, attempt: int) -> None:
     run = RunDir("/nowhere/run")
