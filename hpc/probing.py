@@ -116,15 +116,16 @@ def _text(one: _Probe, profile: Profile, command: Sequence[str], name: str) -> s
         "rounds": str(_ROUNDS),
         "image": image if container else "",
     }
-    body = _PROBE.read_text(encoding="utf-8")
+    known = [f"{key}={shlex.quote(value)}" for key, value in settings.items()]
+    known.append(f"program=({shlex.join(program)})")
+    probe = "\n".join([*known, _PROBE.read_text(encoding="utf-8")])
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH --{key}={value}" for key, value in options.items() if value),
-        *(f"export {key}={shlex.quote(value)}" for key, value in settings.items()),
         *([f". {shlex.quote(profile.environment)}"] if profile.environment else []),
         *profile.setup,
-        f"probe={shlex.quote(f'program=({shlex.join(program)})' + chr(10) + body)}",
-        f'srun --ntasks={one.nodes} bash -c "$probe" probe',
+        # Without --export a step gets no more than what --export of the job names.
+        f"srun --export=ALL --ntasks={one.nodes} bash -c {shlex.quote(probe)} probe",
     ]
     return "\n".join(lines) + "\n"
 
@@ -151,9 +152,10 @@ def _read(one: _Probe) -> Iterator[Finding]:
     for task, known in enumerate(facts):
         if "done" not in known:
             log = one.folder / "log"
-            said = log.read_text(errors="replace").split("\n")[-4:] if log.exists() else ["no log"]
+            text = log.read_text(errors="replace") if log.exists() else "no log"
             where = known.get("node", [f"task {task}"])[0]
-            yield Finding("wrong", f"{title} on {where}", f"broke off: {' '.join(said).strip()}")
+            last = " ".join(text.splitlines()[-3:])
+            yield Finding("wrong", f"{title} on {where}", f"broke off: {last}")
     whole = [known for known in facts if "done" in known]
     for known in whole:
         yield from _of_node(title, known, one.kind)

@@ -6,7 +6,6 @@ import getpass
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hpc import slurm
 from hpc.cluster import Profile, Resources
@@ -84,17 +83,23 @@ class Kind:
 
 def kinds(profile: Profile) -> list[Kind]:
     """The different ways in which a profile's stages ask for nodes."""
-    found: dict[tuple[Any, ...], list[str]] = {}
-    asked = {name: getattr(profile, name) for name in ("cpu", "gpu", "training", "gate")}
-    asked |= {name: resources for name, resources in profile.stages.items()}
+    found: dict[tuple[str, str, str, str, int], list[str]] = {}
+    asked = _asked(profile)
     words = ("partition", "account", "qos", "constraint")
     for name, resources in asked.items():
-        where = tuple(getattr(resources, word) or getattr(profile, word) for word in words)
-        found.setdefault((*where, resources.gpus), []).append(name)
+        where = (getattr(resources, word) or getattr(profile, word) for word in words)
+        partition, account, qos, constraint = where
+        key = (partition, account, qos, constraint, resources.gpus)
+        found.setdefault(key, []).append(name)
     return [
-        Kind(tuple(names), *key[:4], resources=asked[names[0]])  # type: ignore[arg-type]
-        for key, names in found.items()
+        Kind(tuple(names), partition, account, qos, constraint, asked[names[0]])
+        for (partition, account, qos, constraint, _), names in found.items()
     ]
+
+
+def _asked(profile: Profile) -> dict[str, Resources]:
+    named = {name: getattr(profile, name) for name in ("cpu", "gpu", "training", "gate")}
+    return named | dict(profile.stages)
 
 
 def check(profile: Profile) -> list[Finding]:
@@ -106,10 +111,10 @@ def check(profile: Profile) -> list[Finding]:
     config = slurm.config()
     partitions = read_partitions()
     findings = [*_of_cluster(config)]
-    asked = {name: getattr(profile, name) for name in ("cpu", "gpu", "training", "gate")}
-    for name, resources in (asked | profile.stages).items():
+    asked = _asked(profile)
+    for name, resources in asked.items():
         findings += _of_kind(name, resources, profile, partitions, config)
-    return findings + _of_accounts(profile, {**asked, **profile.stages})
+    return findings + _of_accounts(profile, asked)
 
 
 def _of_cluster(config: Mapping[str, str]) -> Iterator[Finding]:
@@ -257,10 +262,10 @@ def _of_association(
         shown = ", ".join(sorted(allowed))
         yield Finding("wrong", f"{name}.qos", f"{qos} is not allowed; choose of {shown}")
         return
-    most = [("account", mine[0][4], mine[0][5], mine[0][6])]
+    most = {"account": mine[0][4:7]}
     if qos in rules:
-        most.append((f"QOS {qos}", *rules[qos][:3]))
-    for whose, running, queued, wall in most:
+        most[f"QOS {qos}"] = rules[qos][:3]
+    for whose, (running, queued, wall) in most.items():
         if queued.isdigit() and int(queued) < resources.workers + 2:
             said = f"{resources.workers} workers and their gates; {whose} allows {queued} jobs"
             yield Finding("wrong", f"{name}.workers", f"{said} in the queue; ask for fewer")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
 
 import pytest
-from testbed import Settings, Testbed, TestbedError, obstacle
+from testbed import Settings, Testbed, obstacle
 
 
 def pytest_collection_modifyitems(items):
     """A test here may wait for Slurm; the fixture's own start may install packages."""
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(900), append=False)
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +35,4 @@ def testbed() -> Iterator[Testbed]:
 def cluster(testbed: Testbed) -> Iterator[Testbed]:
     """The cluster as a test wants it: no job, no fault, every node idle."""
     yield testbed
-    testbed.switch(())
     testbed.reset()

@@ -29,7 +29,7 @@ race() {
 }
 create() { (set -o noclobber; : >"$1"); }
 
-tell node "$(uname -n)"
+tell node "$(uname -n)" || exit 1
 meet begin
 touch "$folder/clock-$me"
 tell clock "$(date +%s) $(stat -c %Y "$folder/clock-$me")"

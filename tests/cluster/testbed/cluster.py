@@ -48,6 +48,8 @@ class Testbed:
         say: Told what is being done; nothing by default.
     """
 
+    __test__ = False  # for pytest: no class of tests
+
     def __init__(self, root: Path | None = None, say: Any = lambda text: None) -> None:
         self.layout = Layout(root)
         self.settings = self.layout.load()
@@ -100,37 +102,42 @@ class Testbed:
     def running(self) -> bool:
         return alive(self.layout, HEAD) is not None
 
-    def wait_ready(self, seconds: float = 180) -> None:
+    def wait_ready(self, seconds: float = 120) -> None:
         """Waits until the controller answers and every node takes jobs."""
-        names = set(self.settings.names)
-
-        def ready() -> bool:
-            shown = self.admin("sinfo", "-h", "-N", "-o", "%N %t", check=False).stdout.split()
-            states = dict(zip(shown[::2], shown[1::2], strict=False))
-            usable = {n for n, s in states.items() if s in ("idle", "mix", "alloc", "comp")}
-            return names <= usable
-
-        if not wait_until(ready, seconds, 0.2):
+        if not wait_until(lambda: not self._unusable(), seconds, 0.2):
             nodes = self.admin("sinfo", "-h", "-N", "-o", "%N %t %E", check=False)
             raise TestbedError(f"not every node is ready: {nodes.stdout or nodes.stderr}")
 
+    def _unusable(self) -> set[str]:
+        """The nodes that take no job now."""
+        shown = self.admin("sinfo", "-h", "-N", "-o", "%N %t", check=False).stdout.split()
+        states = dict(zip(shown[::2], shown[1::2], strict=False))
+        takes = ("idle", "mix", "alloc", "comp")
+        return {name for name in self.settings.names if states.get(name) not in takes}
+
+    def _queued(self) -> str:
+        return self.admin("squeue", "-h", "-o", "%A %T %R", check=False).stdout.strip()
+
     def reset(self) -> None:
-        """Ends every job and takes every fault back, as between two tests."""
+        """Ends every job and takes every fault and variant back, as between two tests."""
+        if self.settings.variants:
+            self.switch(())
         for fault in self.layout.faults.iterdir():
             fault.unlink()
+        for left in self.layout.small.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         self._start_controller()
-        self.admin("scancel", "--state=PENDING,RUNNING,SUSPENDED,REQUEUE_HOLD", check=False)
-        self.admin("scancel", f"--user={USER}", check=False)
         for name in self.settings.names:
             self.thaw(name)
             self._start_node(name)
-            self.mend(name)
-        self.admin("scancel", "--signal=KILL", f"--user={USER}", check=False)
-        for left in self.layout.small.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        empty = lambda: not self.admin("squeue", "-h", check=False).stdout.strip()  # noqa: E731
-        if not wait_until(empty, 60, 0.2):
-            raise TestbedError(f"jobs do not end: {self.admin('squeue', '-h').stdout}")
+        if self._queued():
+            self.admin("scancel", f"--user={USER}", check=False)
+            if not wait_until(lambda: not self._queued(), 20, 0.3):
+                self.admin("scancel", "--signal=KILL", f"--user={USER}", check=False)
+                if not wait_until(lambda: not self._queued(), 40, 0.3):
+                    raise TestbedError(f"jobs do not end: {self._queued()}")
+        for name in self._unusable():
+            self.admin("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
         self.wait_ready()
 
     # ---- faults
@@ -430,8 +437,7 @@ class Testbed:
             for node in self.settings.names:
                 self.thaw(node)
             self.admin("scancel", every, check=False)
-            empty = lambda: not self.admin("squeue", "-h", check=False).stdout.strip()  # noqa: E731
-            wait_until(empty, 8, 0.2)
+            wait_until(lambda: not self._queued(), 8, 0.3)
         stop(self.layout, "slurmctld")
         for name in self.settings.names:
             stop(self.layout, name, signal.SIGKILL)

@@ -30,6 +30,8 @@ HEAD = "head"
 class TestbedError(Exception):
     """The cluster cannot be had, or did not do what was asked; the message says why."""
 
+    __test__ = False  # for pytest: no class of tests
+
 
 @dataclass
 class Settings:
@@ -99,7 +101,7 @@ class Layout:
             *(self.gpu, self.faults, self.home, self.small),
         ):
             folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o755)
+            folder.chmod(0o1777 if folder == self.small else 0o755)
 
     def load(self) -> Settings:
         """The settings of the cluster that was last started here, or the defaults."""

@@ -99,12 +99,12 @@ def enter(pid: int) -> list[str]:
 
 def inhabitants(pid: int) -> list[int]:
     """Every process in the PID namespace whose outer process this is."""
-    space = os.readlink(f"/proc/{pid}/ns/pid_for_children")
+    space = Path(f"/proc/{pid}/ns/pid_for_children").readlink()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if os.readlink(entry / "ns" / "pid") == space:
+                if (entry / "ns" / "pid").readlink() == space:
                     found.append(int(entry.name))
     return found
 
@@ -157,11 +157,8 @@ def write_if_changed(path: Path, text: str, mode: int = 0o644, owner: str = "") 
 
 def not_installed(packages: Iterable[str]) -> list[str]:
     """Which Debian packages are not there."""
-    missing = []
-    for package in packages:
-        state = subprocess.run(
-            ["dpkg-query", "-W", "-f=${Status}", package], capture_output=True, text=True
-        ).stdout
-        if state != "install ok installed":
-            missing.append(package)
-    return missing
+    form = "-f=${Package} ${Status}\n"
+    asked = ["dpkg-query", "-W", form, *packages]
+    lines = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
+    there = {line.split()[0] for line in lines if line.endswith(" ok installed")}
+    return [package for package in packages if package not in there]
