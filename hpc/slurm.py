@@ -39,6 +39,18 @@ class SlurmError(Exception):
         self.said, self.away = said, away
 
 
+class Refused(UserError):
+    """Slurm does not take a job.
+
+    Attributes:
+        orphaned: Because it does not know a job that this one is to wait for.
+    """
+
+    def __init__(self, name: str, said: str) -> None:
+        super().__init__(f"{name}: Slurm refuses it ({said})")
+        self.orphaned = "ependency" in said
+
+
 @dataclass(frozen=True)
 class Queued:
     """A line of squeue: a job, or elements of an array that wait alike.
@@ -237,7 +249,8 @@ def submit(
         The job's id.
 
     Raises:
-        UserError: Slurm refuses the job, or stays away.
+        Refused: Slurm does not take the job.
+        UserError: Slurm stays away.
     """
     give_up, pause, doubtful = time.monotonic() + patience, _FIRST_PAUSE, look
     while True:
@@ -251,7 +264,7 @@ def submit(
             return job
         except SlurmError as error:
             if not error.away:
-                raise UserError(f"{name}: Slurm refuses it ({error.said})") from None
+                raise Refused(name, error.said) from None
             if time.monotonic() > give_up:
                 raise UserError(f"{name}: {error}; submit again when Slurm answers") from None
         doubtful = True

@@ -81,13 +81,18 @@ def submit(
         count = 0
         for _ in range(_ROUNDS):
             submission = _Submission(chain, profile, say)
+            refused: slurm.Refused | None = None
             try:
                 submission.fill()
-            except BaseException:
-                submission.say(f"{submission.count + count} jobs were submitted before this")
-                raise
+            except slurm.Refused as error:
+                refused = error
             count += submission.count
+            if refused is not None and not refused.orphaned:
+                say(f"{count} jobs were submitted before one was refused; they go on")
+                raise refused
             if not submission.lost():
+                if refused is not None:
+                    raise refused
                 return count
         raise UserError(f"{run.path}: Slurm keeps losing jobs it has taken; ask its admins")
 
