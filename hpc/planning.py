@@ -11,7 +11,7 @@ from hpc.cluster import Profile, Resources
 from hpc.executors.base import Job
 from hpc.executors.batch import Retry, text
 from hpc.executors.slurm import SlurmExecutor
-from hpc.naming import gate_name, next_attempt, prefix, work_name
+from hpc.naming import gate_name, next_attempt, work_name
 from hpc.rundir import Chain
 
 PREFLIGHT = "preflight"
@@ -111,7 +111,6 @@ def retry_of(chain: Chain, name: str, attempt: int) -> Retry:
     return Retry(
         work=work_name(chain.run, name, attempt + 1),
         gate=gate_name(chain.run, name, attempt + 1),
-        prefix=prefix(chain.run),
         dependents=dependents,
     )
 

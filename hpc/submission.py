@@ -147,6 +147,18 @@ class _Submission:
             before = [self.gates[parent] for parent in parents] or [preflight]
             after = "afterok:" + ":".join(before) if before != [""] else ""
             self._stage(name, after, renewed=any(parent in missing for parent in parents))
+        self._cancel_stale()
+
+    def _cancel_stale(self) -> None:
+        """Cancels the jobs in whose place others were submitted, held ones say."""
+        run = self.chain.run
+        renewed = {parsed[:2] for name in self.sent if (parsed := parse_name(run, name))}
+        stale = {
+            job.job
+            for name, job in self.live.items()
+            if (parsed := parse_name(run, name)) and parsed[:2] in renewed
+        }
+        slurm.cancel(sorted(stale))
 
     def _stage(self, name: str, after: str, renewed: bool) -> None:
         """Submits a stage's work and gate, as far as they are not there."""

@@ -20,6 +20,7 @@ import submitit
 from hpc.cluster import Profile, Resources
 from hpc.errors import UserError
 from hpc.executors.base import Job
+from hpc.naming import prefix
 from hpc.rundir import RunDir
 
 _HOST = Path(__file__).parent / "host"
@@ -36,13 +37,11 @@ class Retry:
     Attributes:
         work: The name of the next attempt's job.
         gate: The name of the next gate.
-        prefix: What the names of all jobs of the run begin with.
         dependents: Each stage behind this one, with those of its parents that are not complete.
     """
 
     work: str
     gate: str
-    prefix: str
     dependents: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -172,9 +171,10 @@ def _setup(
     if job.role == "work":
         return lines
     lines.append(f"exported=({' '.join(profile.export)}) notify={shlex.quote(profile.notify)}")
+    lines.append(f"prefix={prefix(run)}")
     if retry is not None:
         lines += [
-            f"prefix={retry.prefix} next_work={retry.work} next_gate={retry.gate}",
+            f"next_work={retry.work} next_gate={retry.gate}",
             "dependents=("
             + " ".join(f'"{name} {" ".join(p)}"' for name, p in retry.dependents.items())
             + ")",

@@ -76,17 +76,21 @@ retry() {
 # MESSAGE: tells whoever wants to know.
 tell() { [ -z "$notify" ] || bash -c "$notify" notify "$run: $1"; }
 
-# REASON: the chain ends here; whatever of the run is queued or runs is asked to leave.
-stop() {
+# Whatever of the run is still queued or runs is asked to leave.
+cancel_rest() {
   local ids
+  ids=$(slurm squeue --me --noheader --format='%F %j' |
+    awk -v prefix="$prefix-" -v me="$SLURM_JOB_ID" \
+      'index($2, prefix) == 1 && $1 != me {print $1}' | sort -nu)
+  [ -z "$ids" ] || slurm scancel $ids
+}
+
+# REASON: the chain ends here.
+stop() {
   [ -e "$run/STOPPED" ] || [ -e "$run/CANCELLED" ] || printf '%s\n' "$1" >"$run/STOPPED"
-  for _ in 1 2; do
-    ids=$(slurm squeue --me --noheader --format='%F %j' |
-      awk -v prefix="$prefix-" -v me="$SLURM_JOB_ID" \
-        'index($2, prefix) == 1 && $1 != me {print $1}' | sort -nu)
-    [ -z "$ids" ] || slurm scancel $ids
-    sleep 1
-  done
+  cancel_rest
+  sleep 1
+  cancel_rest  # what a gate beside this one submitted meanwhile
   tell "stopped: $(cat "$run/STOPPED" 2>/dev/null)"
   ended
   exit 77
