@@ -131,8 +131,9 @@ def _again(chain: Chain, name: str, profile: Profile, attempt: int, first: int) 
         print(f"{entry['node']}: {entry['name']} ended with status {entry['status']}", flush=True)
     if failed:
         log = _log(chain, failed[-1])
-        said = f"exit status {failed[-1]['status']} on {failed[-1]['node']}: {last_line(log)}"
-        reason = f"{said}; {reason}"
+        said = f"exit status {failed[-1]['status']} on {failed[-1]['node']}"
+        line = last_line(log)
+        reason = f"{said}: {line}; {reason}" if line else f"{said}; {reason}"
     asked = bool(ends) and not failed and any(entry["status"] == 75 for entry in ends)
     idle = _attempts_without_progress(chain, name, attempt, first, left, asked)
     if idle > profile.gate.retries:
