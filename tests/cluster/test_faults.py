@@ -76,7 +76,7 @@ def test_the_time_limit_of_workers(cluster: Testbed) -> None:
     asked = profile()
     asked.cpu.minutes, asked.cpu.grace = 2, 30
     run = Run(cluster, asked)
-    run.submit(*SMALL, "pause=20.0")
+    run.submit("small=true", "n=8", "per_shard=2", "pause=40.0")
     run.check()
     assert any(e["status"] in (75, 138) for e in run.ended("double"))
     assert max(e["restart"] for e in run.ended("double")) >= 1
@@ -153,7 +153,7 @@ def test_a_payload_that_cannot_start(cluster: Testbed) -> None:
     wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
     reason = run.dir.marked(STOPPED) or ""
     assert "double" in reason and "exit status 7" in reason and "2 attempts" in reason
-    run.submit("fault=")
+    run.submit("fault=none")
     run.check()
 
 
@@ -162,7 +162,7 @@ def test_a_gate_that_cannot_start(cluster: Testbed) -> None:
     run.submit(*SMALL, "fault=gate:exit")
     wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
     assert "gate ended with status 1" in (run.dir.marked(STOPPED) or "")
-    run.submit("fault=")
+    run.submit("fault=none")
     run.check()
 
 
@@ -170,7 +170,7 @@ def test_two_submissions_at_once(cluster: Testbed) -> None:
     run = Run(cluster)
     run.submit(*SMALL, "fault=numbers:user", check=False)  # makes the folder
     wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
-    both = [cluster.popen(*run.command("submit", run.profile, "fault=")) for _ in range(2)]
+    both = [cluster.popen(*run.command("submit", run.profile, "fault=none")) for _ in range(2)]
     assert sorted(process.wait(timeout=600) for process in both) in ([0, 0], [0, 2])
     run.check()
     assert_nothing_twice(run)
