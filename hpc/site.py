@@ -13,6 +13,7 @@ from hpc.errors import UserError
 from hpc.slurm import SlurmError
 
 _UNITS = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+_SINGLE = ("training", "gate")  # jobs that are no arrays
 _USELESS = ("down", "drain", "fail", "maint", "unk", "inval", "power", "not_resp")
 
 
@@ -136,7 +137,7 @@ def _of_kind(
     config: Mapping[str, str],
 ) -> Iterator[Finding]:
     limit = int(config.get("MaxArraySize", "1001").split()[0] or 0)
-    if resources.workers > max(limit, 1):
+    if name not in _SINGLE and resources.workers > max(limit, 1):
         yield Finding(
             "wrong",
             f"{name}.workers",
@@ -265,12 +266,13 @@ def _of_association(
     most = {"account": mine[0][4:7]}
     if qos in rules:
         most[f"QOS {qos}"] = rules[qos][:3]
+    workers = 1 if name in _SINGLE else resources.workers
     for whose, (running, queued, wall) in most.items():
-        if queued.isdigit() and int(queued) < resources.workers + 2:
-            said = f"{resources.workers} workers and their gates; {whose} allows {queued} jobs"
+        if queued.isdigit() and int(queued) < workers + 2:
+            said = f"{workers} workers and their gates; {whose} allows {queued} jobs"
             yield Finding("wrong", f"{name}.workers", f"{said} in the queue; ask for fewer")
-        elif running.isdigit() and int(running) < resources.workers:
-            said = f"{running} of {resources.workers} will run at once ({whose})"
+        elif running.isdigit() and int(running) < workers:
+            said = f"{running} of {workers} will run at once ({whose})"
             yield Finding("note", f"{name}.workers", said)
         if wall and resources.minutes > duration(wall):
             said = f"{resources.minutes}; {whose} allows {_minutes(duration(wall))}; ask for less"

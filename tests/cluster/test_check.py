@@ -34,13 +34,15 @@ def test_the_testbed_and_its_profile_fit(cluster):
 def test_what_must_be_mended_is_named(cluster):
     place = cluster.folder("check")
     profile = place / "wrong.yaml"
-    profile.write_text("partition: short\nqos: few\ngpu: {gpus: 5}\nstages: {x: {partition: no}}\n")
+    profile.write_text(
+        "partition: short\nqos: few\ngpu: {gpus: 5}\nstages: {x: {partition: far}}\n"
+    )
     done = check(cluster, profile, place, "--minutes=0")
     assert done.returncode == 2
     for said in (
         "wrong  cpu.minutes: 60, the partition allows 1; ask for less",
         "wrong  gpu in short: 0 nodes with 4 cores, 5 GPUs, 1 needed",
-        "wrong  x.partition: no: there is batch, high, low, short",
+        "wrong  x.partition: far: there is batch, high, low, short",
         "note   cpu.workers: 2 of 4 will run at once (QOS few)",
     ):
         assert said in done.stdout, done.stdout
