@@ -198,10 +198,11 @@ def status(
 
 def _look(chain: Chain) -> dict[str, Any]:
     """What stands where, on the run's cluster too: one squeue and one sacct."""
+    from hpc.slurm import available
     from hpc.status import status as look
     from hpc.submission import hours, job_counts, on_cluster
 
-    if not on_cluster(chain.run):
+    if not on_cluster(chain.run) or not available():
         return look(chain)
     return look(chain, job_counts(chain.run)) | {"hours": hours(chain.run)}
 
