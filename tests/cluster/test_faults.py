@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import stat
 import sys
@@ -14,6 +15,7 @@ from testbed import Testbed
 sys.path.insert(0, str(Path(__file__).parent))
 from chains import Run, profile, wait_for  # noqa: E402
 
+from hpc.cluster import Resources  # noqa: E402
 from hpc.rundir import STOPPED  # noqa: E402
 
 SMALL = ("small=true", "n=24", "per_shard=4")
@@ -41,6 +43,18 @@ def test_a_chain_from_one_command(cluster: Testbed) -> None:
     for shown in ("--env-vars", "--batch-script"):
         said = cluster.run("sacct", "-j", jobs, shown, check=False)
         assert "planted-token" not in said.stdout + said.stderr
+
+
+def test_a_job_of_several_nodes(cluster: Testbed) -> None:
+    asked = profile(stages={"numbers": Resources(memory="400M", nodes=2, tasks=2, minutes=10)})
+    run = Run(cluster, asked)
+    run.submit(*SMALL, "ranks=true")
+    run.check()
+    told = [json.loads((run.path / f"rank{rank}.json").read_text()) for rank in range(4)]
+    assert {entry["WORLD_SIZE"] for entry in told} == {"4"}
+    assert [entry["LOCAL_RANK"] for entry in told] == ["0", "1", "0", "1"]
+    assert len({(entry["MASTER_ADDR"], entry["MASTER_PORT"]) for entry in told}) == 1
+    assert told[0]["MASTER_ADDR"].startswith("node")
 
 
 def test_a_killed_worker(cluster: Testbed) -> None:

@@ -28,6 +28,8 @@ from hpc.shards import join, write_groups
 from hpc.stages import Context, Counts, Row, Stage
 from hpc.status import status
 
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass
 class Counting:
@@ -37,6 +39,7 @@ class Counting:
     offset: int = 0
     fail_every: int = 0  # every such number fails
     fault: str = configs.unhashed("")  # stage:kind, kind one of user, crash, exit, requeue
+    ranks: bool = configs.unhashed(False)  # numbers is made by several ranks
     small: bool = configs.unhashed(False)  # only numbers, double and, after that, triple
     error_limit: float = configs.unhashed(0.0)
     pause: float = configs.unhashed(0.0)  # seconds a number takes
@@ -69,6 +72,11 @@ class Times:
 def make_chain(run: Path, settings: Counting) -> Chain:
     def numbers(context: Context) -> Counts:
         misbehave(settings, "numbers", context)
+        if settings.ranks:
+            told = {name: os.environ[name] for name in RENDEZVOUS}
+            (context.run / f"rank{told['RANK']}.json").write_text(json.dumps(told))
+            if told["RANK"] != "0":
+                return {}
         groups = [(f"n:{i}", [{"key": f"n:{i}", "value": i}]) for i in range(settings.n)]
         shards = write_groups(context.directory / "shards", iter(groups), settings.per_shard)
         return {"shards": shards}
@@ -100,7 +108,7 @@ def make_chain(run: Path, settings: Counting) -> Chain:
     size = {"n": settings.n, "per_shard": settings.per_shard}
     double = {"factor": settings.factor, **fails}
     stages = [
-        Stage("numbers", "job", config=size, run=numbers),
+        Stage("numbers", "job", config=size, run=numbers, distributed=settings.ranks),
         Stage("double", "map", over, config=double, load=load("double", settings.factor), **common),
         Stage("square", "map", over, config=fails, load=load("square", 3), **common),
         Stage(
