@@ -200,7 +200,10 @@ def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:
 def _command(job: Job) -> str:
     words = shlex.join(job.command)
     if job.nodes * job.tasks > 1:
-        return f"run srun --kill-on-bad-exit=1 bash -c {shlex.quote(_RANK)} rank {words}"
+        # Without ALL a step gets no more than the variables on the job's own list.
+        return (
+            f"run srun --export=ALL --kill-on-bad-exit=1 bash -c {shlex.quote(_RANK)} rank {words}"
+        )
     return f"run {words}"
 
 
