@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from hpc import gates
 from hpc.cluster import Profile, Resources
 from hpc.executors.base import Job
-from hpc.executors.batch import Retry, text
+from hpc.executors.batch import Retry, suffix, text
 from hpc.executors.slurm import SlurmExecutor
 from hpc.naming import gate_name, next_attempt, work_name
-from hpc.rundir import Chain
+from hpc.rundir import Chain, RunDir
 
 PREFLIGHT = "preflight"
 
@@ -150,11 +150,6 @@ def scripts(
         executor.write(step.job, step.resources, step.retry)
 
 
-def step_text(chain: Chain, profile: Profile, step: Step) -> str:
-    """A step's exact sbatch text."""
-    return text(chain.run, step.job, profile, step.resources, step.retry)
-
-
 def _command(chain: Chain, profile: Profile, *words: str) -> tuple[str, ...]:
     """The payload's command: ``PROGRAM work RUN STAGE`` and its like."""
     command, *rest = words
@@ -185,8 +180,14 @@ class Planned:
     text: str
 
 
-def plan_of(chain: Chain, profile: Profile) -> list[Planned]:
-    """Every job that a submission of a chain would queue now, in order."""
+def plan_of(chain: Chain, profile: Profile, by_hand: bool = False) -> list[Planned]:
+    """Every job that a submission of a chain would queue now, in order.
+
+    Args:
+        chain: The chain.
+        profile: The cluster.
+        by_hand: Texts for a person to submit, in whatever run directory.
+    """
     standing = gates.standing(chain)
     todo = [name for name in chain.stages if not standing[name]]
     first = [name for name in todo if not set(chain.stages[name].parents) & set(todo)]
@@ -194,7 +195,7 @@ def plan_of(chain: Chain, profile: Profile) -> list[Planned]:
         return []
     attempt = next_attempt(chain.run, PREFLIGHT)
     preflight = Step(preflight_job(chain, profile, first, attempt), profile.gate)
-    planned = [_planned(chain, profile, preflight, PREFLIGHT)]
+    planned = [_planned(chain, profile, preflight, PREFLIGHT, by_hand)]
     gate_of: dict[str, str] = {}
     for name in todo:
         attempt = next_attempt(chain.run, name)
@@ -202,47 +203,81 @@ def plan_of(chain: Chain, profile: Profile) -> list[Planned]:
         gate_of[name] = gate.job.name
         before = tuple(gate_of[parent] for parent in chain.stages[name].parents if parent in todo)
         work = replace(work, after=before or (preflight.job.name,), condition="afterok")
-        planned.append(_planned(chain, profile, work, name))
-        planned.append(_planned(chain, profile, gate, f"{name}.gate"))
+        planned.append(_planned(chain, profile, work, name, by_hand))
+        planned.append(_planned(chain, profile, gate, f"{name}.gate", by_hand))
     return planned
 
 
-def _planned(chain: Chain, profile: Profile, step: Step, file: str) -> Planned:
+def _planned(chain: Chain, profile: Profile, step: Step, file: str, by_hand: bool) -> Planned:
+    asked = step.resources
     return Planned(
         name=step.job.name,
         file=file,
         after=step.after,
         condition=step.condition,
         job=step.job,
-        resources=step.resources,
-        text=step_text(chain, profile, step),
+        resources=asked,
+        text=text(chain.run, step.job, profile, asked, step.retry, by_hand),
     )
 
 
-def chain_script(planned: Sequence[Planned]) -> str:
-    """A script that submits a plan's scripts, from the folder it lies in."""
-    lines = [
-        "#!/bin/bash",
-        "# Submits the whole chain; the ids go where the run's gates look for them.",
-        "set -euo pipefail",
-        'cd "$(dirname "$0")"',
-        "declare -A id",
-        "send() {  # NAME SCRIPT STAGE ATTEMPT ROLE [OPTION]",
-        "  local name=$1 script=$2 stage=$3 attempt=$4 role=$5; shift 5",
-        '  id[$name]=$(sbatch --parsable "$@" "$script")',
-        "  id[$name]=${id[$name]%%;*}",
-        '  printf \'{"time": %s, "event": "submitted", "name": "%s", "job": "%s", '
-        '"stage": "%s", "attempt": %d, "role": "%s"}\\n\' "$(date +%s)" "$name" "${id[$name]}" '
-        '"$stage" "$attempt" "$role" >>"$run/jobs.jsonl"',
-        '  echo "${id[$name]}  $name"',
-        "}",
-    ]
-    run = planned[0].job.command[planned[0].job.command.index(PREFLIGHT) + 1]
-    lines.insert(4, f"run={shlex.quote(run)}")
+_CHAIN = r"""#!/bin/bash
+# Submits the whole chain by hand: chain.sh [RUN], RUN being the run directory. Call it from where
+# the files named below are found.
+{about}
+set -euo pipefail
+run=${{1:-{default}}}
+scripts=$(cd "$(dirname "$0")" && pwd)
+{prepare}
+cd "$run"
+mkdir -p slurm/logs
+prefix=iv-$(cat slurm/id)
+if grep -qs "\"name\": \"$prefix{first}\"" jobs.jsonl; then
+  echo "$run: submitted before; \`insightv submit\` adds what is missing" >&2
+  exit 2
+fi
+
+declare -A id  # of each job, by its script
+send() {{  # SCRIPT STAGE ATTEMPT ROLE CONDITION [SCRIPT…]: submits a job behind others, records it
+  local script=$1 stage=$2 attempt=$3 role=$4 after=$5 name parent
+  name=$prefix-$script-a$attempt
+  shift 5
+  for parent; do after+=:${{id[$parent]}}; done
+  id[$script]=$(sbatch --parsable --job-name="$name" ${{after:+"--dependency=$after"}} \
+    "$scripts/$script.sh")
+  id[$script]=${{id[$script]%%;*}}
+  printf '{{"time": %s, "event": "submitted", "name": "%s", "job": "%s", ' \
+    "$(date +%s)" "$name" "${{id[$script]}}" >>jobs.jsonl
+  printf '"stage": "%s", "attempt": %d, "role": "%s"}}\n' "$stage" "$attempt" "$role" >>jobs.jsonl
+  echo "${{id[$script]}}  $name"
+}}
+
+{sends}
+"""
+
+
+def chain_script(
+    run: RunDir, planned: Sequence[Planned], default: str, prepare: str, about: str
+) -> str:
+    """A script that submits the scripts of a plan, from whatever folder they lie in.
+
+    Args:
+        run: The run directory that the plan was made for.
+        planned: The jobs, their texts made for submission by hand.
+        default: The run directory where none is given.
+        prepare: A line of bash that makes the run directory ``$run`` ready for its jobs.
+        about: How the scripts were written.
+    """
+    file_of = {item.name: item.file for item in planned}
+    sends = []
     for item in planned:
-        job = item.job
-        words = [item.name, f"{item.file}.sh", job.stage, str(job.attempt), job.role]
-        after = "".join(f":${{id[{name}]}}" for name in item.after)
-        option = f' "--dependency={item.condition}{after}"' if item.after else ""
-        lines.append(f"send {' '.join(words)}{option}")
-    return "\n".join(lines) + "\n"
+        words = [item.file, item.job.stage, str(item.job.attempt), item.job.role]
+        words += [item.condition or "''", *(file_of[name] for name in item.after)]
+        sends.append(f"send {' '.join(words)}")
+    return _CHAIN.format(
+        about=f"# {about}",
+        default=shlex.quote(default),
+        prepare=prepare,
+        first=suffix(run, planned[0].name),
+        sends="\n".join(sends),
+    )

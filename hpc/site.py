@@ -110,9 +110,17 @@ def check(profile: Profile) -> list[Finding]:
         UserError: There is no Slurm here, or it does not answer.
     """
     config = slurm.config()
-    partitions = read_partitions()
-    findings = [*_of_cluster(config)]
-    asked = _asked(profile)
+    return [*_of_cluster(config), *hold(profile, _asked(profile), read_partitions(), config)]
+
+
+def hold(
+    profile: Profile,
+    asked: Mapping[str, Resources],
+    partitions: Mapping[str, Partition],
+    config: Mapping[str, str],
+) -> list[Finding]:
+    """Kinds of job, by name, against partitions, accounts and quality of service."""
+    findings: list[Finding] = []
     for name, resources in asked.items():
         findings += _of_kind(name, resources, profile, partitions, config)
     return findings + _of_accounts(profile, asked)
@@ -164,7 +172,10 @@ def _misfits(
     fields = partition.fields
     about = f"{name} in {fields.get('PartitionName')}"
     if (state := fields.get("State", "UP")) != "UP":
-        yield Finding("wrong", about, f"the partition is {state}; choose another")
+        if state == "DOWN":
+            yield Finding("note", about, "the partition is DOWN; jobs wait until it is up")
+        else:
+            yield Finding("wrong", about, f"the partition is {state}; choose another")
     if resources.minutes > partition.minutes:
         yield Finding(
             "wrong",
@@ -228,9 +239,9 @@ def _of_accounts(profile: Profile, asked: Mapping[str, Resources]) -> list[Findi
     user = getpass.getuser()
     form = "account,partition,qos,defaultqos,maxjobs,maxsubmitjobs,maxwall"
     try:
-        lines = _table("sacctmgr", "show", "assoc", f"user={user}", f"format={form}")
-        rules = _table("sacctmgr", "show", "qos", "format=name,maxjobspu,maxsubmitjobspu,maxwall")
-    except SlurmError:
+        lines = table("sacctmgr", "show", "assoc", f"user={user}", f"format={form}")
+        rules = table("sacctmgr", "show", "qos", "format=name,maxjobspu,maxsubmitjobspu,maxwall")
+    except (SlurmError, UserError):
         said = "none kept (no slurmdbd); hours are counted from what the jobs themselves record"
         return [Finding("note", "accounting", said)]
     if not lines:
@@ -282,14 +293,17 @@ def _of_association(
 # ---- reading
 
 
-def read_partitions() -> dict[str, Partition]:
+def read_partitions(patience: float = 60.0) -> dict[str, Partition]:
     """The partitions that this user sees, with their nodes.
+
+    Args:
+        patience: Seconds to wait for the controller.
 
     Raises:
         UserError: Slurm does not answer.
     """
     nodes: dict[str, list[Node]] = {}
-    said = slurm.patiently("sinfo", "-h", "-N", "-o", "%R|%N|%T|%c|%m|%G|%f", patience=60)
+    said = slurm.patiently("sinfo", "-h", "-N", "-o", "%R|%N|%T|%c|%m|%G|%f", patience=patience)
     for line in said.splitlines():
         partition, name, state, cores, memory, gres, features = line.split("|", 6)
         node = Node(
@@ -302,7 +316,8 @@ def read_partitions() -> dict[str, Partition]:
         )
         nodes.setdefault(partition, []).append(node)
     found = {}
-    for line in slurm.patiently("scontrol", "-o", "show", "partition", patience=60).splitlines():
+    said = slurm.patiently("scontrol", "-o", "show", "partition", patience=patience)
+    for line in said.splitlines():
         fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
         name = fields.get("PartitionName", "")
         found[name] = Partition(fields, tuple(nodes.get(name, ())))
@@ -314,7 +329,13 @@ def _default(partitions: Mapping[str, Partition]) -> str:
     return next(named, "")
 
 
-def _table(command: str, *words: str) -> list[list[str]]:
+def table(command: str, *words: str) -> list[list[str]]:
+    """The lines of one of Slurm's parsable tables, split into their fields.
+
+    Raises:
+        SlurmError: The command failed.
+        UserError: It is not here.
+    """
     said = slurm.call(command, "--noheader", "--parsable2", *words)
     return [line.split("|") for line in said.splitlines() if line.strip("|")]
 

@@ -220,10 +220,10 @@ def _spent(line: Mapping[str, str]) -> Spent:
     return Spent(line["JobName"], state, seconds, number("node"), number("cpu"), number("gres/gpu"))
 
 
-def config() -> dict[str, str]:
+def config(patience: float = 600.0) -> dict[str, str]:
     """What ``scontrol show config`` tells, each value without its comment in brackets."""
     found = {}
-    for line in patiently("scontrol", "show", "config").splitlines():
+    for line in patiently("scontrol", "show", "config", patience=patience).splitlines():
         key, equals, value = line.partition("=")
         if equals:
             found[key.strip()] = value.strip()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc import gates, slurm
+from hpc.admission import admit
 from hpc.cluster import Profile, read_profile
 from hpc.config import dump
 from hpc.disk import write_atomic
@@ -22,7 +23,7 @@ from hpc.errors import UserError
 from hpc.executors.base import Job
 from hpc.executors.slurm import SlurmExecutor
 from hpc.naming import make_id, next_attempt, parse_name, prefix
-from hpc.planning import PREFLIGHT, Step, preflight_job, steps_of
+from hpc.planning import PREFLIGHT, Planned, Step, plan_of, preflight_job, steps_of
 from hpc.rundir import CANCELLED, STOPPED, Chain, RunDir, write_json
 from hpc.slurm import Queued
 from hpc.status import JobCounts
@@ -78,6 +79,8 @@ def submit(
         profile = keep_profile(run, profile)
         make_id(run)
         run.add_provenance(chain.packages)
+        if slurm.available():
+            admit(_missing(chain, profile), profile)
         count = 0
         for _ in range(_ROUNDS):
             submission = _Submission(chain, profile, say)
@@ -88,7 +91,9 @@ def submit(
                 refused = error
             count += submission.count
             if refused is not None and not refused.orphaned:
-                say(f"{count} jobs were submitted before one was refused; they go on")
+                # What limits and --test-only did not tell: no half of a chain stays behind.
+                slurm.cancel([*submission.sent.values()], patience=profile.submit.patience)
+                say(f"the {submission.count} jobs submitted before it were cancelled")
                 raise refused
             if not submission.lost():
                 if refused is not None:
@@ -98,15 +103,37 @@ def submit(
 
 
 def keep_profile(run: RunDir, profile: Profile) -> Profile:
-    """Writes the profile into the run, for its gates; within the cluster's limits on arrays."""
-    fitted = copy.deepcopy(profile)
+    """Writes the profile, fitted to the cluster, into the run, for its gates."""
+    profile = fitted(profile)
+    if slurm.available():
+        # Nodes are only avoided where many are left.
+        nodes = set(slurm.patiently("sinfo", "--noheader", "--format=%n").split())
+        write_json(run.path / "slurm" / "site.json", {"nodes": len(nodes)})
+    write_atomic(profile_path(run), dump(profile))
+    return profile
+
+
+def _missing(chain: Chain, profile: Profile) -> list[Planned]:
+    """The jobs of a plan that are not queued yet."""
+    patience = profile.submit.patience
+    live = {
+        (parsed[0], parsed[1])
+        for job in slurm.queue(prefix(chain.run) + "-", patience=patience)
+        if job.reason != "DependencyNeverSatisfied" and (parsed := parse_name(chain.run, job.name))
+    }
+    planned = plan_of(chain, profile)
+    return [item for item in planned if (item.job.stage, item.job.role) not in live]
+
+
+def fitted(profile: Profile) -> Profile:
+    """The profile within the cluster's limit on arrays, where there is a cluster."""
+    profile = copy.deepcopy(profile)
     if slurm.available():
         # The largest index is one less than this.
         largest = int(slurm.config().get("MaxArraySize", "1001"))
-        for asked in (fitted.cpu, fitted.gpu, fitted.training, *fitted.stages.values()):
+        for asked in (profile.cpu, profile.gpu, profile.training, *profile.stages.values()):
             asked.workers = min(asked.workers, max(largest, 1))
-    write_atomic(profile_path(run), dump(fitted))
-    return fitted
+    return profile
 
 
 @dataclass
@@ -141,7 +168,6 @@ class _Submission:
         first = [name for name in missing if not self._waits_for(name, todo)]
         first = [name for name in first if self._live_work(name) is None]
         preflight = self._preflight(first) if first else ""
-        write_json(chain.run.path / "slurm" / "site.json", {"nodes": self._nodes()})
         for name in todo:
             parents = self._waits_for(name, todo)
             before = [self.gates[parent] for parent in parents] or [preflight]
@@ -244,11 +270,6 @@ class _Submission:
             if (parsed := parse_name(self.chain.run, job.name)) and parsed[:2] == (stage, role)
         ]
         return max(found, key=lambda pair: pair[0])[1] if found else None
-
-    def _nodes(self) -> int:
-        """How many nodes the cluster has, at least; nodes are only avoided where many are left."""
-        said = slurm.patiently("sinfo", "--noheader", "--format=%n")
-        return len(set(said.split()))
 
 
 def _what(job: Job) -> str:

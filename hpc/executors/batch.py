@@ -75,6 +75,7 @@ def text(
     profile: Profile,
     resources: Resources,
     retry: Retry | None = None,
+    by_hand: bool = False,
 ) -> str:
     """The exact sbatch text of a job.
 
@@ -84,6 +85,8 @@ def text(
         profile: The cluster.
         resources: What the job asks for.
         retry: For a gate: how it submits another attempt.
+        by_hand: For a person to submit, in whatever run directory sbatch is called from: the
+            text names neither that directory nor the run's id.
 
     Raises:
         UserError: The run directory's name cannot stand in a batch script.
@@ -91,14 +94,21 @@ def text(
     if any(sign in str(run.path) for sign in "%\n\\\"'"):
         raise UserError(f"{run.path}: Slurm cannot log to a folder named so; choose another name")
     executor = SbatchText(run.path / "slurm")
-    executor.parameters.update(_directives(run, job, profile, resources))
-    executor.parameters["setup"] = [*_setup(run, job, profile, resources, retry)]
+    executor.parameters.update(_directives(run, job, profile, resources, by_hand))
+    executor.parameters["setup"] = [*_setup(run, job, profile, resources, retry, by_hand)]
     executor.parameters["teardown"] = [_bash("work" if job.role == "work" else "decide")]
-    made: str = executor._make_submission_file_text(_command(job), "")
+    made: str = executor._make_submission_file_text(_command(job, run if by_hand else None), "")
     return made.replace("export SUBMITIT_EXECUTOR=slurm\n", "").rstrip() + "\n"
 
 
-def _directives(run: RunDir, job: Job, profile: Profile, resources: Resources) -> dict[str, Any]:
+def suffix(run: RunDir, name: str) -> str:
+    """A job's name without the run's own part, as ``-double-a0``."""
+    return name.removeprefix(prefix(run))
+
+
+def _directives(
+    run: RunDir, job: Job, profile: Profile, resources: Resources, by_hand: bool
+) -> dict[str, Any]:
     def word(name: str) -> str | None:
         return getattr(resources, name) or getattr(profile, name) or None
 
@@ -109,6 +119,11 @@ def _directives(run: RunDir, job: Job, profile: Profile, resources: Resources) -
         "requeue": True,
         "signal": f"B:USR1@{resources.grace}",
     }
+    if by_hand:
+        # Slurm takes both from where sbatch is called.
+        del more["chdir"]
+        log = str(log_path(run, job).relative_to(run.path))
+        more["output"] = log.replace(job.name, "%x")
     if job.array:
         limit = f"%{resources.parallel}" if resources.parallel else ""
         more["array"] = f"0-{job.count - 1}{limit}"
@@ -121,7 +136,7 @@ def _directives(run: RunDir, job: Job, profile: Profile, resources: Resources) -
     if resources.grace == 0:
         more["signal"] = "B:USR1@1"
     return {
-        "job_name": job.name,
+        "job_name": f"iv{suffix(run, job.name)}" if by_hand else job.name,
         "partition": word("partition"),
         "account": word("account"),
         "qos": word("qos"),
@@ -140,28 +155,49 @@ def _directives(run: RunDir, job: Job, profile: Profile, resources: Resources) -
 
 
 def _setup(
-    run: RunDir, job: Job, profile: Profile, resources: Resources, retry: Retry | None
+    run: RunDir,
+    job: Job,
+    profile: Profile,
+    resources: Resources,
+    retry: Retry | None,
+    by_hand: bool,
 ) -> list[str]:
     """The lines before the payload."""
+
+    def named(name: str) -> str:
+        return f"$prefix{suffix(run, name)}" if by_hand else name
+
+    log = str(log_path(run, job)).replace("%a", "*")
     known = {
-        "run": str(run.path),
-        "name": job.name,
         "stage": job.stage,
         "attempt": str(job.attempt),
         "role": job.role,
         "requeues": str(profile.requeues),
         "patience": str(round(profile.submit.patience)),
-        "log": str(log_path(run, job)).replace("%a", "*"),
         "nodes": str(job.nodes),
         "cores": str(job.nodes * job.tasks * resources.cores),
         "gpus": str(job.nodes * resources.gpus),
         "payload": "",
     }
-    lines = [f"{name}={shlex.quote(value)}" for name, value in known.items()]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in _variables(job, profile)]
+    before = [f"export {name}={shlex.quote(value)}" for name, value in _variables(job, profile)]
     if profile.environment:
-        lines.append(f". {shlex.quote(profile.environment)}")
-    lines += profile.setup
+        before.append(f". {shlex.quote(profile.environment)}")
+    before += profile.setup
+    if by_hand:
+        within = log.removeprefix(str(run.path)).replace(job.name, "$name")
+        lines = [
+            *before,
+            "# Submitted from the run directory, under a name with the run's id; see chain.sh",
+            "run=$SLURM_SUBMIT_DIR",
+            'prefix=iv-$(cat "$run/slurm/id")',
+            f"name={named(job.name)}",
+            f'log="$run{within}"',
+        ]
+    else:
+        # After the site's own lines, which may use the same names.
+        lines = [*before, f"run={shlex.quote(str(run.path))}", f"prefix={prefix(run)}"]
+        lines += [f"name={job.name}", f"log={shlex.quote(log)}"]
+    lines += [f"{name}={shlex.quote(value)}" for name, value in known.items()]
     if job.nodes * job.tasks > 1:
         lines += [
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -171,10 +207,9 @@ def _setup(
     if job.role == "work":
         return lines
     lines.append(f"exported=({' '.join(profile.export)}) notify={shlex.quote(profile.notify)}")
-    lines.append(f"prefix={prefix(run)}")
     if retry is not None:
         lines += [
-            f"next_work={retry.work} next_gate={retry.gate}",
+            f"next_work={named(retry.work)} next_gate={named(retry.gate)}",
             "dependents=("
             + " ".join(f'"{name} {" ".join(p)}"' for name, p in retry.dependents.items())
             + ")",
@@ -197,8 +232,10 @@ def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:
     return [*(fixed | dict(job.env)).items()]
 
 
-def _command(job: Job) -> str:
-    words = shlex.join(job.command)
+def _command(job: Job, unnamed: RunDir | None = None) -> str:
+    """The line that runs the payload; the directory of an ``unnamed`` run is ``$run``."""
+    hidden = str(unnamed.path) if unnamed else None
+    words = " ".join('"$run"' if word == hidden else shlex.quote(word) for word in job.command)
     if job.nodes * job.tasks > 1:
         # Without ALL a step gets no more than the variables on the job's own list.
         return (

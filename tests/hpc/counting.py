@@ -23,6 +23,7 @@ from hpc.disk import write_atomic
 from hpc.driver import drive
 from hpc.errors import RecordError, UserError
 from hpc.executors.local import LocalExecutor
+from hpc.naming import make_id
 from hpc.rundir import Chain, RunDir
 from hpc.shards import join, write_groups
 from hpc.stages import Context, Counts, Row, Stage
@@ -189,6 +190,9 @@ def main(words: Sequence[str]) -> int:
     try:
         if command == "run":
             run(Path(path), rest)
+            return 0
+        if command == "prepare":
+            make_id(open_chain(Path(path), rest).run)
             return 0
         if command == "submit":
             return send(Path(path), *rest)

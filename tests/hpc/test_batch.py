@@ -22,7 +22,8 @@ from hpc.errors import UserError  # noqa: E402
 from hpc.planning import chain_script, plan_of  # noqa: E402
 from hpc.rundir import STOPPED, Chain, RunDir  # noqa: E402
 
-TESTBED = Path(__file__).parents[2] / "configs" / "cluster" / "testbed.yaml"
+ROOT = Path(__file__).parents[2]
+TESTBED = ROOT / "configs" / "cluster" / "testbed.yaml"
 
 
 def profile(tmp_path: Path, text: str) -> Profile:
@@ -75,31 +76,61 @@ def test_scripts_are_bash_and_hold_no_secret(
     total = next(item for item in planned if item.file == "total")
     assert total.condition == "afterok"
     assert {by_name[name].file for name in total.after} == {"double.gate", "square.gate"}
-    (folder / "chain.sh").write_text(chain_script(planned))
-    assert subprocess.run(["bash", "-n", folder / "chain.sh"]).returncode == 0
 
 
 def test_a_hand_made_submission_records_ids(tmp_path: Path) -> None:
-    """chain.sh against an sbatch that only notes what it is asked."""
-    chain = counting.open_chain(tmp_path / "run", ["small=true"])
-    naming.make_id(chain.run)
-    planned = plan_of(chain, Profile())
+    """chain.sh against an sbatch that only notes what it is asked, in another run directory."""
+    chain = counting.open_chain(tmp_path / "planned", ["small=true"])
+    planned = plan_of(chain, Profile(), by_hand=True)
     folder = tmp_path / "bin"
     folder.mkdir()
     for item in planned:
+        assert str(tmp_path) not in item.text.replace(counting.__file__, "")
         (folder / f"{item.file}.sh").write_text(item.text)
-    (folder / "chain.sh").write_text(chain_script(planned))
+    prepare = f'{sys.executable} {counting.__file__} prepare "$run" small=true >/dev/null'
+    script = chain_script(chain.run, planned, "runs/counting", prepare, "Written by a test")
+    (folder / "chain.sh").write_text(script)
     fake = folder / "sbatch"
-    fake.write_text(f'#!/bin/bash\necho "$@" >>{folder}/asked\nwc -l <{folder}/asked\n')
+    fake.write_text(f'#!/bin/bash\necho "$PWD $@" >>{folder}/asked\nwc -l <{folder}/asked\n')
     fake.chmod(0o755)
-    subprocess.run(
-        ["bash", folder / "chain.sh"], check=True, env={"PATH": f"{folder}:/usr/bin:/bin"}
-    )
+    made = RunDir(tmp_path / "made here")
+    words = ["bash", folder / "chain.sh", made.path]
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    subprocess.run(words, check=True, env=environment, capture_output=True)
     asked = (folder / "asked").read_text().splitlines()
-    assert len(asked) == 7 and "--dependency=afterok:1 numbers.sh" in asked[1]
-    entries = chain.run.read_jobs()
-    assert [entry["name"] for entry in entries] == [item.name for item in planned]
+    name = f"{naming.prefix(made)}-numbers-a0"
+    where = f"{made.path} --parsable --job-name={name} --dependency=afterok:1"
+    assert len(asked) == 7 and asked[1] == f"{where} {folder}/numbers.sh"
+    entries = made.read_jobs()
+    named = [item.name.replace(naming.prefix(chain.run), naming.prefix(made)) for item in planned]
+    assert [entry["name"] for entry in entries] == named
     assert entries[3]["role"] == "work" and entries[4]["role"] == "gate"
+    again = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert again.returncode == 2 and "submitted before" in again.stderr
+    assert len((folder / "asked").read_text().splitlines()) == 7
+
+
+def test_a_script_by_hand_finds_its_run(tmp_path: Path) -> None:
+    """The text of a worker, run as Slurm would run it, in a directory it does not name."""
+    chain = counting.open_chain(tmp_path / "planned", ["small=true"])
+    asked = Profile(setup=["prefix=/opt/module name=other"])
+    work = next(item for item in plan_of(chain, asked, by_hand=True) if item.file == "numbers")
+    made = counting.open_chain(tmp_path / "made here", ["small=true"])
+    naming.make_id(made.run)
+    gates.prepare(made, "numbers")
+    done = subprocess.run(
+        ["bash", "-c", work.text],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(ROOT),
+            "SLURM_SUBMIT_DIR": str(made.run.path),
+            "SLURM_JOB_ID": "7",
+        },
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and gates.check(made, "numbers") == 0
+    (entry,) = [entry for entry in made.run.read_jobs() if entry.get("event") == "ended"]
+    assert entry["name"] == f"{naming.prefix(made.run)}-numbers-a0"
 
 
 @settings(deadline=None)
