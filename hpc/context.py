@@ -83,6 +83,7 @@ class RunContext:
     Attributes:
         run: The run directory.
         directory: The stage's own directory.
+        moved: When the payload last told progress, or began, on the monotonic clock.
     """
 
     def __init__(self, chain: Chain, stage: Stage, signals: Signals) -> None:
@@ -93,6 +94,7 @@ class RunContext:
         self._chain, self._stage, self._signals = chain, stage, signals
         self._numbers: dict[str, float] = {}
         self._told = -_TELL_SECONDS
+        self.moved = time.monotonic()
         folder = make_folder(chain.run.progress(stage.name))
         self._file = folder / f"{socket.gethostname()}-{os.getpid()}.json"
         _remove_dead(folder)
@@ -110,6 +112,7 @@ class RunContext:
         Of a map stage's payload only the numbers are kept: its worker knows the rest.
         """
         self._numbers.update(numbers)
+        self.moved = time.monotonic()
         if self._stage.kind == "job":
             self.tell(done, total)
 

@@ -23,6 +23,7 @@ from hpc import gates
 from hpc.errors import UserError
 from hpc.executors.base import Executor, Job, State
 from hpc.executors.local import cores
+from hpc.logs import last_line
 from hpc.rundir import CANCELLED, STOPPED, Chain
 from hpc.stages import Stage
 from hpc.status import Advance, advance
@@ -359,19 +360,6 @@ class _Driver:
                 for handle in handles:
                     self.executor.cancel(handle, kill=True)
             time.sleep(_POLL)
-
-
-def last_line(log: Path, limit: int = 300) -> str:
-    """The last line of a log that says something."""
-    try:
-        with log.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 65536))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return said if len(said) <= limit else said[: limit - 1] + "…"
 
 
 def _ending(status: int) -> str:

@@ -85,6 +85,8 @@ class Stage:
         workers: How many processes pull at once (map), or how many slots the one process of
             a job takes, as threads. Never shapes the result.
         resources: The kind of resources a cluster profile knows: ``cpu`` or ``gpu``.
+        distributed: For ``job``: run by every rank of the nodes × tasks that a cluster profile
+            gives it, at once; the counts of rank 0 are kept. Otherwise by one process.
         error_limit: Largest share of inputs that may fail before the stage does.
     """
 
@@ -98,6 +100,7 @@ class Stage:
     outputs: tuple[str, ...] = ()
     workers: int = 1
     resources: str = "cpu"
+    distributed: bool = False
     error_limit: float = 0.0
 
     @property

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from hpc import gates
 from hpc.rundir import CANCELLED, STOPPED, Chain, RunDir, read_json
 from hpc.shards import sidecars
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _SHOWN = {
     "complete": "green",
@@ -24,6 +25,23 @@ _SHOWN = {
     "outdated": "yellow",
     "waiting": "dim",
 }
+
+
+@dataclass
+class JobCounts:
+    """The jobs of a stage on a cluster, its gate among them.
+
+    Attributes:
+        running: How many run; each element of an array counts.
+        pending: How many wait.
+        held: How many of those nobody will start without being told to.
+        why: Why the first of them waits, in the cluster's words.
+    """
+
+    running: int = 0
+    pending: int = 0
+    held: int = 0
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,25 +86,37 @@ def advance(chain: Chain, name: str) -> Advance:
     return Advance(min(done, total), total, len(made), shards, errors, numbers)
 
 
-def status(chain: Chain) -> dict[str, Any]:
+def status(chain: Chain, jobs: Mapping[str, JobCounts] | None = None) -> dict[str, Any]:
     """The whole run, as plain values.
+
+    Args:
+        chain: The chain.
+        jobs: Of a run on a cluster: the jobs of each stage that wait or run.
 
     Returns:
         ``{"run", "state", "reason", "stages": [{"name", "kind", "state", "inputs",
-        "shards": {"done", "total"}, "rows", "errors", "seconds", "rate", "numbers"}, …]}``.
+        "shards": {"done", "total"}, "rows", "errors", "seconds", "rate", "numbers"}, …]}``,
+        on a cluster also ``"jobs": {"running", "pending", "held", "why"}`` for each stage.
         A run is complete, running, stopped, cancelled or incomplete. A stage is complete,
         running, incomplete (begun), outdated (made from what is no longer there) or waiting.
     """
     run = chain.run
     standing = gates.standing(chain)
-    active = run.locked()
-    stages = [_stage(chain, name, standing[name], active) for name in chain.stages]
+    active = run.locked() if jobs is None else bool(jobs)
+    stages = []
+    for name in chain.stages:
+        if jobs is None:
+            stages.append(_stage(chain, name, standing[name], active))
+        else:
+            counts = jobs.get(name, JobCounts())
+            entry = _stage(chain, name, standing[name], counts.running > 0)
+            stages.append(entry | {"jobs": asdict(counts)})
     stopped, cancelled = run.marked(STOPPED), run.marked(CANCELLED)
     if all(standing.values()):
         state, reason = "complete", ""
     elif cancelled is not None:
         state, reason = "cancelled", cancelled
-    elif active:
+    elif active and (stopped is None or jobs is None):
         state, reason = "running", ""
     elif stopped is not None:
         state, reason = "stopped", stopped
@@ -97,11 +127,16 @@ def status(chain: Chain) -> dict[str, Any]:
 
 def board(found: dict[str, Any]) -> Table:
     """What `status` found, for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=f"{Path(found['run']).name}: {found['state']}", title_justify="left")
     for heading in ("stage", "state"):
         table.add_column(heading)
     for heading in ("shards", "inputs", "rows", "errors", "time", "rate"):
         table.add_column(heading, justify="right")
+    if on_cluster := any("jobs" in entry for entry in found["stages"]):
+        table.add_column("jobs")
     for entry in found["stages"]:
         shards, inputs = entry["shards"], entry["inputs"]
         table.add_row(
@@ -113,7 +148,11 @@ def board(found: dict[str, Any]) -> Table:
             Text(f"{entry['errors']:,}", style="red") if entry["errors"] else "",
             duration(entry["seconds"]) if entry["seconds"] else "",
             f"{entry['rate']:.3g}/s" if entry["rate"] else "",
+            *([_jobs(entry["jobs"])] if on_cluster else []),
         )
+    if "hours" in found and any(found["hours"].values()):
+        used = "  ".join(f"{key}-hours: {value:.2f}" for key, value in found["hours"].items())
+        table.title = f"{table.title}   {used}"
     if found["reason"]:
         table.caption = Text(found["reason"], style="red")
         table.caption_justify = "left"
@@ -168,6 +207,15 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
         "rate": now.done / seconds if seconds else 0.0,
         "numbers": now.numbers,
     }
+
+
+def _jobs(counts: dict[str, Any]) -> str:
+    """``2 run, 3 wait (Resources)``."""
+    said = [f"{counts['running']} run"] if counts["running"] else []
+    if counts["pending"]:
+        held = f", {counts['held']} held" if counts["held"] else ""
+        said.append(f"{counts['pending']} wait ({counts['why']}{held})")
+    return ", ".join(said)
 
 
 def _of(done: int, total: int) -> str:

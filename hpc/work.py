@@ -10,16 +10,25 @@ status, finished work is saved and leases are free.
 from __future__ import annotations
 
 import difflib
+import faulthandler
 import json
+import os
 import sys
+import threading
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hpc.context import RunContext, Signals
 from hpc.disk import write_atomic
 from hpc.errors import UserError
+from hpc.gates import REQUEUE
 from hpc.mapping import Pace, Worker
 from hpc.rundir import Chain
 from hpc.stages import Stage
+
+_DUMP_SECONDS = 10.0
 
 
 def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
@@ -44,7 +53,7 @@ def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
         try:
             context = RunContext(chain, stage, signals)
             if stage.kind == "map":
-                return Worker(chain, stage, context, signals, pace or Pace()).run()
+                return Worker(chain, stage, context, signals, pace or _pace()).run()
             return _run_job(chain, stage, context, signals)
         except UserError:
             raise
@@ -53,14 +62,52 @@ def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
             return 1
 
 
+def _pace() -> Pace:
+    """The usual pace, but for what a cluster profile sets."""
+    usual = Pace()
+    ttl = float(os.environ.get("HPC_LEASE_TTL", usual.ttl))
+    return Pace(ttl=ttl, stall=float(os.environ.get("HPC_STALL", usual.stall)))
+
+
+@contextmanager
+def _watched(context: RunContext) -> Iterator[None]:
+    """Ends the process, to be queued again, once its job has not moved for too long.
+
+    Only where a cluster profile says how long that is. Every thread's stack is printed; a
+    moment is left to the other ranks to do the same.
+    """
+    limit, ended = float(os.environ.get("HPC_STALL", 0)), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(min(limit / 10, 10.0)):
+            idle = time.monotonic() - context.moved
+            if idle > limit:
+                print(f"no progress for {idle:.0f} s; giving up", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback()
+                ended.wait(_DUMP_SECONDS)
+                os._exit(REQUEUE)
+
+    if limit:
+        threading.Thread(target=watch, name="watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 def _run_job(chain: Chain, stage: Stage, context: RunContext, signals: Signals) -> int:
-    """Runs a job once; its counts, written at the end, tell the gate that it is done."""
+    """Runs a job once; its counts, written at the end by rank 0, tell the gate it is done."""
     assert stage.run is not None
+    if stage.distributed and int(os.environ.get("RANK", "0")) > 0:
+        with _watched(context):
+            counts = stage.run(context)
+        return 0 if counts is not None else signals.status() or 0
     path = chain.run.counts(stage.name)
     path.unlink(missing_ok=True)
     if (asked := signals.status()) is not None:
         return asked
-    counts = stage.run(context)
+    with _watched(context):
+        counts = stage.run(context)
     # A payload that was asked to leave and did returns no counts.
     if counts is None and (asked := signals.status()) is not None:
         return asked

@@ -21,6 +21,14 @@ class Job:
         threads: Cores each process may use.
         resources: The kind of resources a cluster profile knows.
         env: Set on top of the driver's environment.
+        name: What a batch system lists it under; unique in it.
+        role: ``work``, or on a batch system ``gate`` or ``preflight``.
+        array: Whether a batch system runs the processes as elements of an array; otherwise
+            they are ``nodes`` × ``tasks`` ranks of one job.
+        nodes: Nodes of such a job.
+        tasks: Tasks a node.
+        after: What a batch system waits for, as ``afterok:17``.
+        avoid: Nodes on which an earlier attempt failed.
     """
 
     stage: str
@@ -31,6 +39,13 @@ class Job:
     threads: int = 1
     resources: str = "cpu"
     env: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    role: str = "work"
+    array: bool = False
+    nodes: int = 1
+    tasks: int = 1
+    after: str = ""
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,10 +55,17 @@ def run(
 
 
 def retry(directory: RunArgument) -> None:
-    """Resume a run that stopped or was cancelled."""
+    """Resume a run that stopped or was cancelled, where it was made: here or on its cluster."""
+    from hpc.cluster import read_profile
+    from hpc.submission import on_cluster, profile_path
     from insightv.config import read
 
     chain = opened(directory)
+    if on_cluster(chain.run):
+        from insightv.cli.cluster import send
+
+        send(chain, read_profile(profile_path(chain.run)))
+        return
     _drive(chain, read(chain.run.chain_file))
 
 
@@ -77,7 +83,8 @@ def _drive(
         print(f"{chain.run.path}: complete, nothing to do")
     else:
         chain.run.create()
-        _save(chain, config, remake)
+        _refuse_queued(chain)
+        save(chain, config, remake)
         if donors:
             _take_over(chain, donors)
             standing = gates.standing(chain)
@@ -106,8 +113,26 @@ def _take_over(chain: Chain, donors: Sequence[Path]) -> None:
             print(f"{donor}: another version of the code has worked there; hashes do not tell")
 
 
-def _save(chain: Chain, config: ChainConfig, remake: bool) -> None:
-    """Writes the resolved configuration, which is what the workers read."""
+def _refuse_queued(chain: Chain) -> None:
+    """Keeps the work of two masters apart."""
+    from hpc.submission import live_jobs, on_cluster
+
+    if on_cluster(chain.run) and live_jobs(chain.run):
+        raise UserError(
+            f"{chain.run.path}: jobs of this run are queued on the cluster; "
+            "wait for them, or `insightv cancel` it first"
+        )
+
+
+def save(chain: Chain, config: ChainConfig, remake: bool, held: bool = False) -> None:
+    """Writes the resolved configuration, which is what the workers read.
+
+    Args:
+        chain: The chain.
+        config: What it was put together from.
+        remake: Whether work of another configuration may be replaced.
+        held: Whether the caller holds the run's lock.
+    """
     from hpc import gates
     from hpc.config import dump
     from hpc.disk import write_atomic
@@ -117,7 +142,7 @@ def _save(chain: Chain, config: ChainConfig, remake: bool) -> None:
     text, path = dump(config), chain.run.chain_file
     if path.exists() and path.read_text() == text:
         return
-    if chain.run.locked():
+    if not held and chain.run.locked():
         raise UserError(f"{chain.run.path}: another process runs this chain; wait for it")
     if not remake:
         lasting = [stage for name, stage in chain.stages.items() if name not in SUMMARIES]
@@ -176,12 +201,11 @@ def status(
     from rich.live import Live
 
     from hpc.status import board
-    from hpc.status import status as look
 
     chain = opened(directory)
     if as_json or not watch:
         while True:
-            found = look(chain)
+            found = _look(chain)
             if as_json:
                 print(json.dumps(found, ensure_ascii=False), flush=True)
             else:
@@ -191,18 +215,35 @@ def status(
             time.sleep(_WATCH)
     with Live(auto_refresh=False) as live:
         while True:
-            found = look(chain)
+            found = _look(chain)
             live.update(board(found), refresh=True)
             if found["state"] != "running":
                 return
             time.sleep(_WATCH)
 
 
+def _look(chain: Chain) -> dict[str, Any]:
+    """What stands where, on the run's cluster too: one squeue and one sacct."""
+    from hpc.slurm import available
+    from hpc.status import status as look
+    from hpc.submission import hours, job_counts, on_cluster
+
+    if not on_cluster(chain.run) or not available():
+        return look(chain)
+    return look(chain, job_counts(chain.run)) | {"hours": hours(chain.run)}
+
+
 def cancel(directory: RunArgument) -> None:
     """Stop a run; its workers save and leave."""
     from hpc.rundir import CANCELLED
+    from hpc.submission import cancel as cancel_jobs
+    from hpc.submission import on_cluster
 
     run = opened(directory).run
+    if on_cluster(run):
+        count = cancel_jobs(run)
+        print(f"{run.path}: {count} jobs cancelled; `insightv retry {directory}` goes on with it")
+        return
     if not run.locked():
         raise UserError(f"{run.path}: nothing runs here")
     run.mark(CANCELLED, f"by {getpass.getuser()} on {socket.gethostname()}")
@@ -234,12 +275,22 @@ def logs(
         ]
     whole = stage is not None or failed
     for name in names:
-        for log in _last_attempt(chain.run.logs(name)):
+        for log in [*_last_attempt(chain.run.logs(name)), *_gate_logs(chain, name, whole)]:
             said = log.read_text(errors="replace").splitlines()
             if whole:
                 print(f"==> {log} <==", *map(_plain, said[-lines:]), sep="\n")
             elif said:
                 print(f"{name}: {_plain(said[-1])[:120]}")
+
+
+def _gate_logs(chain: Chain, stage: str, wanted: bool) -> list[Path]:
+    """On a cluster: what a stage's last gate said."""
+    from hpc.naming import gate_name
+
+    folder = chain.run.path / "slurm" / "logs"
+    pattern = gate_name(chain.run, stage, 0).removesuffix("0") + "*.log"
+    found = list(folder.glob(pattern)) if wanted else []
+    return sorted(found, key=lambda log: log.stat().st_mtime)[-1:]
 
 
 def _last_attempt(folder: Path) -> list[Path]:
@@ -271,7 +322,10 @@ def clean(
     """Delete what complete stages no longer need."""
     from hpc.retention import clean as sweep
 
-    found = sweep(opened(directory), plan=plan, logs=with_logs, data=data)
+    chain = opened(directory)
+    if not plan:
+        _refuse_queued(chain)
+    found = sweep(chain, plan=plan, logs=with_logs, data=data)
     for item in found:
         print(f"{item.bytes / 2**20:10.2f} MiB  {item.what:12} {item.path}")
     total = sum(item.bytes for item in found) / 2**20
@@ -280,21 +334,29 @@ def clean(
 
 def work(run_dir: Path, stage: str) -> int:
     """Payload of one worker."""
-    from hpc.work import work as payload
+    from hpc.control import payload
 
-    try:
-        return payload(opened(run_dir), stage)
-    except UserError as error:
-        # The driver repeats the last line of this log as the reason it stops.
-        print(error, file=sys.stderr)
-        return 2
+    # The driver, or the gate, repeats the last line of the log as the reason it stops.
+    return payload(opened(run_dir), ["work", stage])
 
 
-def gate(run_dir: Path, stage: str) -> int:
+def gate(
+    run_dir: Path,
+    stage: str,
+    attempt: Annotated[int, typer.Argument()] = 0,
+    first: Annotated[int, typer.Argument()] = 0,
+) -> int:
     """Payload of a gate."""
-    from hpc.gates import check
+    from hpc.control import payload
 
-    return check(opened(run_dir), stage)
+    return payload(opened(run_dir), ["gate", stage, str(attempt), str(first)])
+
+
+def preflight(run_dir: Path, stages: Annotated[list[str] | None, typer.Argument()] = None) -> int:
+    """Payload of the first job on a cluster."""
+    from hpc.control import payload
+
+    return payload(opened(run_dir), ["preflight", *(stages or ())])
 
 
 def add_to(app: typer.Typer) -> None:
@@ -311,3 +373,4 @@ def add_to(app: typer.Typer) -> None:
         app.command(name, rich_help_panel="Run")(command)
     app.command("work", hidden=True)(work)
     app.command("gate", hidden=True)(gate)
+    app.command("preflight", hidden=True)(preflight)

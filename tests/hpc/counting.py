@@ -1,11 +1,13 @@
 """A chain of seconds without torch: numbers → double, square → total, triple.
 
-As a program: ``counting.py run RUN [key=value …]`` and ``counting.py work RUN STAGE``.
+As a program: ``counting.py run RUN [key=value …]``, ``submit RUN PROFILE [key=value …]``,
+``cancel RUN``, ``status RUN``, and the payloads of `hpc.control`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
@@ -14,13 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import config as configs
+from hpc import gates, submission
+from hpc.cluster import read_profile
+from hpc.control import payload
+from hpc.disk import write_atomic
 from hpc.driver import drive
 from hpc.errors import RecordError, UserError
 from hpc.executors.local import LocalExecutor
+from hpc.naming import make_id
 from hpc.rundir import Chain, RunDir
 from hpc.shards import join, write_groups
 from hpc.stages import Context, Counts, Row, Stage
-from hpc.work import work
+from hpc.status import status
+
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -31,6 +40,8 @@ class Counting:
     offset: int = 0
     fail_every: int = 0  # every such number fails
     fault: str = configs.unhashed("")  # stage:kind, kind one of user, crash, exit, requeue
+    ranks: bool = configs.unhashed(False)  # numbers is made by several ranks
+    small: bool = configs.unhashed(False)  # only numbers, double and, after that, triple
     error_limit: float = configs.unhashed(0.0)
     pause: float = configs.unhashed(0.0)  # seconds a number takes
     workers: int = configs.unhashed(2)
@@ -62,6 +73,11 @@ class Times:
 def make_chain(run: Path, settings: Counting) -> Chain:
     def numbers(context: Context) -> Counts:
         misbehave(settings, "numbers", context)
+        if settings.ranks:
+            told = {name: os.environ[name] for name in RENDEZVOUS}
+            (context.run / f"rank{told['RANK']}.json").write_text(json.dumps(told))
+            if told["RANK"] != "0":
+                return {}
         groups = [(f"n:{i}", [{"key": f"n:{i}", "value": i}]) for i in range(settings.n)]
         shards = write_groups(context.directory / "shards", iter(groups), settings.per_shard)
         return {"shards": shards}
@@ -93,7 +109,7 @@ def make_chain(run: Path, settings: Counting) -> Chain:
     size = {"n": settings.n, "per_shard": settings.per_shard}
     double = {"factor": settings.factor, **fails}
     stages = [
-        Stage("numbers", "job", config=size, run=numbers),
+        Stage("numbers", "job", config=size, run=numbers, distributed=settings.ranks),
         Stage("double", "map", over, config=double, load=load("double", settings.factor), **common),
         Stage("square", "map", over, config=fails, load=load("square", 3), **common),
         Stage(
@@ -106,6 +122,9 @@ def make_chain(run: Path, settings: Counting) -> Chain:
         ),
         Stage("triple", "map", over, after=("total",), load=load("triple", 3), **common),
     ]
+    if settings.small:
+        after = Stage("triple", "map", over, after=("double",), load=load("triple", 3), **common)
+        stages = [*stages[:2], after]
     command = [sys.executable, str(Path(__file__).resolve())]
     return Chain(stages, RunDir(run), command)
 
@@ -147,13 +166,47 @@ def run(path: Path, overrides: Sequence[str] = (), **options: object) -> Chain:
     return chain
 
 
+def open_settings(run: Path) -> Counting:
+    return configs.load(Counting, RunDir(run).chain_file)
+
+
+def send(path: Path, profile: str, *overrides: str) -> int:
+    """Submits to a cluster; the overrides are kept unless they are refused."""
+    run = RunDir(path)
+    source = run.chain_file if run.chain_file.exists() else None
+    settings = configs.load(Counting, source, overrides)
+    chain = make_chain(path, settings)
+
+    def save() -> None:
+        gates.refuse_changes(chain)
+        write_atomic(run.chain_file, configs.dump(settings))
+
+    print(submission.submit(chain, read_profile(Path(profile)), prepare=save))
+    return 0
+
+
 def main(words: Sequence[str]) -> int:
     command, path, *rest = words
     try:
         if command == "run":
             run(Path(path), rest)
             return 0
-        return work(open_chain(Path(path)), rest[0])
+        if command == "prepare":
+            make_id(open_chain(Path(path), rest).run)
+            return 0
+        if command == "submit":
+            return send(Path(path), *rest)
+        if command == "cancel":
+            print(submission.cancel(RunDir(path)))
+            return 0
+        if command == "status":
+            chain = open_chain(Path(path))
+            found = status(chain, submission.job_counts(chain.run))
+            print(json.dumps(found | {"hours": submission.hours(chain.run)}))
+            return 0
+        if command == "gate" and open_settings(Path(path)).fault == "gate:exit":
+            return 1
+        return payload(open_chain(Path(path)), [command, *rest])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

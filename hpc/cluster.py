@@ -1,0 +1,254 @@
+"""A cluster profile: where the stages of a chain run, as YAML over `Profile`.
+
+Nothing here shapes a result. A profile that a run was submitted with stands resolved in the
+run directory (``cluster.yaml``), where the gates read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpc.config import load
+from hpc.errors import UserError
+from hpc.stages import Stage
+
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@&|*!+-]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MEMORY = re.compile(r"[1-9]\d*[KMGT]?")
+_SECRET = re.compile(r"(?i)(api_?key|token|secret|passw|credential)")
+
+_EARLY = 60
+"""Seconds by which Slurm may send the signal too early."""
+
+EXPORTED = [
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "LANG",
+    "PATH",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "HF_HOME",
+]
+
+
+@dataclass
+class Resources:
+    """What one job of a kind of stage asks for; an empty word leaves the cluster's default.
+
+    Attributes:
+        partition: Where it may run; several with commas. Empty: the profile's.
+        account: Who pays. Empty: the profile's.
+        qos: Quality of service. Empty: the profile's.
+        constraint: Node features, as ``a100&nvlink``. Empty: the profile's.
+        gpus: GPUs a node; 0 asks for none.
+        cores: Cores a task.
+        memory: Memory a node, as ``16G``; empty: the partition's default for each core.
+        minutes: Time limit. A worker or training that needs longer saves, leaves and is queued
+            again; shorter limits find room sooner.
+        grace: Seconds before the limit at which a job is told to save and leave. Slurm may tell
+            it up to a minute early.
+        workers: Most elements of a map stage's array. Workers pull shards, so a few long-lived
+            ones do; far fewer than there are shards.
+        parallel: Most elements that run at once; 0: all of them.
+        nodes: Nodes of a distributed job.
+        tasks: Tasks a node of a distributed job, mostly as many as GPUs.
+    """
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    gpus: int = 0
+    cores: int = 1
+    memory: str = ""
+    minutes: int = 60
+    grace: int = 120
+    workers: int = 4
+    parallel: int = 0
+    nodes: int = 1
+    tasks: int = 1
+
+    def validate(self, where: str) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: One of them is not possible.
+        """
+        for name in ("partition", "account", "qos", "constraint"):
+            _check_word(f"{where}.{name}", getattr(self, name))
+        for name in ("cores", "minutes", "workers", "nodes", "tasks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{where}.{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("gpus", "parallel", "grace"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{where}.{name} is {getattr(self, name)}; give 0 or more")
+        if self.memory and not _MEMORY.fullmatch(self.memory):
+            raise UserError(f"{where}.memory is {self.memory!r}; give a size such as 16G")
+        if self.grace + _EARLY >= 60 * self.minutes:
+            raise UserError(
+                f"{where}.grace is {self.grace} s, too long for {self.minutes} min: Slurm may tell "
+                "a job a minute early to leave, and no time would be left to work"
+            )
+
+
+@dataclass
+class Gate(Resources):
+    """The gates and the preflight: small jobs on processors.
+
+    Attributes:
+        retries: How often in a row a stage may come out of an attempt without any progress
+            before its gate stops the chain. 0: a gate submits nothing (for clusters where
+            compute nodes may not); ``insightv retry`` goes on then.
+    """
+
+    minutes: int = 10
+    grace: int = 0
+    retries: int = 3
+
+
+@dataclass
+class Submission:
+    """How gently the controller is treated.
+
+    Attributes:
+        per_second: Most submissions a second; some sites count them.
+        patience: Seconds to go on trying while the controller is away.
+    """
+
+    per_second: float = 4.0
+    patience: float = 600.0
+
+
+@dataclass
+class Budget:
+    """What a run may cost.
+
+    Attributes:
+        gpu_hours: No gate lets the next stage, or another attempt, start once the run has used
+            so many; 0: no limit.
+    """
+
+    gpu_hours: float = 0.0
+
+
+@dataclass
+class Profile:
+    """A cluster, as far as a chain has to know it.
+
+    Attributes:
+        partition: Of every kind of stage that names none.
+        account: Likewise.
+        qos: Likewise.
+        constraint: Likewise.
+        cpu: Reductions, and map stages without GPU.
+        gpu: Workers of map stages with a model.
+        training: Trainings.
+        gate: Gates and the preflight.
+        stages: Single stages by name, in place of their kind.
+        program: The command of the payload, where it is not this very installation, say
+            ``[apptainer, exec, --nv, /images/insightv.sif, insightv]``.
+        setup: Lines of bash before the payload (modules, ``ulimit``).
+        environment: A file of ``export NAME=value`` lines that each job reads on its node: the
+            place for tokens, which must be nobody else's to read. Slurm never sees it.
+        export: Variables that jobs inherit from whoever submits; no others pass.
+        scratch: A folder on each node for temporary files; empty: the node's own TMPDIR.
+        lease_ttl: Seconds without a heartbeat after which a dead worker's shard is taken over.
+        stall: Seconds without progress after which a payload is taken for hung: a worker is
+            robbed of its shards and ends itself after twice as long; a training prints every
+            thread's stack and is queued again. Must exceed the loading of a model and the
+            longest step.
+        notify: A line of bash that each gate runs when it stops the chain, and the last one when
+            the chain is complete, with the message as ``$1``: ``mail -s "$1" me@site </dev/null``
+            or ``curl -d "$1" "$HOOK"``. Empty: nobody is told.
+        requeues: How often a job may queue itself again at its time limit.
+        kill_invalid: Let Slurm cancel jobs whose dependency can no longer come true. A few
+            sites' Slurm does that too eagerly: then false, and gates do it.
+        submit: How gently the controller is treated.
+        budget: What a run may cost.
+    """
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    cpu: Resources = field(default_factory=Resources)
+    gpu: Resources = field(default_factory=lambda: Resources(gpus=1, cores=4))
+    training: Resources = field(default_factory=lambda: Resources(gpus=1, cores=4))
+    gate: Gate = field(default_factory=Gate)
+    stages: dict[str, Resources] = field(default_factory=dict)
+    program: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)
+    environment: str = ""
+    export: list[str] = field(default_factory=lambda: list(EXPORTED))
+    scratch: str = ""
+    lease_ttl: float = 60.0
+    stall: float = 1800.0
+    notify: str = ""
+    requeues: int = 100
+    kill_invalid: bool = True
+    submit: Submission = field(default_factory=Submission)
+    budget: Budget = field(default_factory=Budget)
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: One of them is not possible.
+        """
+        for name in ("partition", "account", "qos", "constraint"):
+            _check_word(name, getattr(self, name))
+        for name in ("cpu", "gpu", "training", "gate"):
+            getattr(self, name).validate(name)
+        for name, resources in self.stages.items():
+            resources.validate(f"stages.{name}")
+        if self.gate.retries < 0 or self.requeues < 0:
+            raise UserError("gate.retries and requeues: give 0 or more")
+        if (
+            self.submit.per_second <= 0
+            or self.submit.patience < 0
+            or self.lease_ttl <= 0
+            or self.stall <= 0
+        ):
+            raise UserError(
+                "submit.per_second, submit.patience, lease_ttl and stall: give positive numbers"
+            )
+        for name in self.export:
+            if not _VARIABLE.fullmatch(name):
+                raise UserError(f"export: {name!r} is no variable's name")
+            if _SECRET.search(name):
+                raise UserError(
+                    f"export: {name} looks like a secret, which Slurm would store; "
+                    "put it into the `environment` file"
+                )
+
+    def of_stage(self, stage: Stage) -> Resources:
+        """What a stage's jobs ask for."""
+        if stage.name in self.stages:
+            return self.stages[stage.name]
+        if stage.resources == "cpu":
+            return self.cpu
+        return self.gpu if stage.kind == "map" else self.training
+
+
+def read_profile(path: Path, overrides: Sequence[str] = ()) -> Profile:
+    """Reads and checks a profile.
+
+    Raises:
+        UserError: An unknown key, an impossible value.
+    """
+    profile = load(Profile, path, overrides)
+    try:
+        profile.validate()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return profile
+
+
+def _check_word(where: str, word: str) -> None:
+    if word and not _WORD.fullmatch(word):
+        raise UserError(f"{where} is {word!r}, which Slurm would not take for a name")

@@ -1,0 +1,47 @@
+set -u  # only from here on: modules and environments seldom bear it
+asked= status=1
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+else me=$SLURM_JOB_ID; fi
+
+# Runs the payload, which hears what Slurm tells this job; sets status.
+run() {
+  local heard=1
+  trap 'asked=${asked:-limit} heard=1; [ -z "$payload" ] || kill -USR1 "$payload" 2>/dev/null' USR1
+  trap 'asked=leave heard=1; [ -z "$payload" ] || kill -TERM "$payload" 2>/dev/null' TERM INT
+  "$@" &
+  payload=$!
+  case $asked in limit) kill -USR1 "$payload" ;; leave) kill -TERM "$payload" ;; esac
+  while [ -n "$heard" ]; do heard=; wait "$payload"; status=$?; done 2>/dev/null
+}
+
+# Tells the run how this job ended; what it stored stands in the run directory already.
+ended() {
+  printf '{"time": %s, "event": "ended", "name": "%s", "job": "%s", "stage": "%s", "attempt": %d, "role": "%s", "node": "%s", "restart": %d, "seconds": %d, "nodes": %d, "cores": %d, "gpus": %d, "status": %d, "asked": "%s"}\n' \
+    "$(date +%s)" "$name" "$me" "$stage" "$attempt" "$role" "${SLURMD_NODENAME:-$(hostname)}" \
+    "${SLURM_RESTART_COUNT:-0}" "$SECONDS" "$nodes" "$cores" "$gpus" "$status" "$asked" >>"$run/jobs.jsonl"
+}
+
+# Whether the run was cancelled or stopped.
+halted() { [ -e "$run/CANCELLED" ] || [ -e "$run/STOPPED" ]; }
+
+# COMMAND…: talks to Slurm, again and again while its controller is away.
+slurm() {
+  local said give_up=$((SECONDS + patience))
+  until said=$("$@" 2>&1); do
+    case $said in
+      *ontact*|*"timed out"*|*efused*|*emporar*|*"Zero Bytes"*|*"try again"*|*"nexpected message"*)
+        if [ "$SECONDS" -lt "$give_up" ]; then sleep 5; continue; fi ;;
+    esac
+    printf '%s\n' "$said"
+    return 1
+  done
+  printf '%s\n' "$said"
+}
+
+# Queues this job again, the array element alone, unless it was cancelled or did so too often.
+again() {
+  [ "$asked" = leave ] || halted || [ "${SLURM_RESTART_COUNT:-0}" -ge "$requeues" ] && return
+  echo "control: queued again at the time limit (restart ${SLURM_RESTART_COUNT:-0})"
+  slurm scontrol requeue "$me" || return
+  sleep 60  # Slurm ends this script when it puts the job back.
+}

@@ -1,0 +1,97 @@
+
+# NAME: the id under which a job (a basic regular expression) was last recorded.
+recorded() {
+  sed -n 's/.*"event": "submitted", "name": "'"$1"'", "job": "\([0-9]*\)".*/\1/p' \
+    "$run/jobs.jsonl" | tail -n 1
+}
+
+# NAME [OPTION…]: submits a script exactly once, also when sbatch times out or this gate is
+# killed and starts again: it looks for the name before. Prints the id.
+submit() {
+  local job=$1 id= seen failed= word give_up=$((SECONDS + patience)) clean=(env -i)
+  shift
+  for word in "${exported[@]}" SLURM_CONF; do
+    [ -z "${!word+set}" ] || clean+=("$word=${!word}")
+  done
+  while id=$(recorded "$job"); [ -z "$id" ]; do
+    halted && return 1
+    if seen=$(squeue --me --noheader --states=all --name="$job" --format=%F 2>&1); then
+      id=$(printf '%s\n' "$seen" | sort -nu | head -n 1)
+      [ -n "$id" ] || id=$("${clean[@]}" sbatch --parsable "$@" "$run/slurm/$job.sh" 2>"$said")
+      id=${id%%;*}
+      [ -z "$id" ] || break
+      cat "$said" >&2
+    fi
+    [ "$SECONDS" -lt "$give_up" ] || return 1
+    failed=1
+    sleep 15  # longer than the controller keeps a request whose sender gave up
+  done
+  [ -n "$(recorded "$job")" ] || printf \
+    '{"time": %s, "event": "submitted", "name": "%s", "job": "%s", "stage": "%s", "attempt": %d, "role": "%s"}\n' \
+    "$(date +%s)" "$job" "$id" "$stage" "$((attempt + 1))" \
+    "$(case $job in *.gate-*) echo gate ;; *) echo work ;; esac)" >>"$run/jobs.jsonl"
+  if [ -n "$failed" ]; then  # A request that was given up may have come true all the same.
+    seen=$(squeue --me --noheader --name="$job" --format=%F | sort -nu | grep -vx "$id")
+    [ -z "$seen" ] || scancel $seen
+  fi
+  printf '%s\n' "$id"
+}
+
+# PARENT…: what a stage waits for: the last gate of each parent that has not passed it.
+dependency() {
+  local parent id ids=
+  for parent; do
+    id=$(recorded "$prefix-$parent\.gate-a[0-9]*")
+    [ -n "$id" ] || continue
+    grep -q '"event": "ended".*"job": "'"$id"'".*"status": 0,' "$run/jobs.jsonl" || ids+=":$id"
+  done
+  printf 'afterok%s' "$ids"
+}
+
+# Lets the dependents wait for the new gate. Two gates may do so for one dependent at once:
+# each goes on until what it wrote is what the record says.
+repoint() {
+  local line child parents id after
+  for line in "${dependents[@]}"; do
+    read -r child parents <<<"$line"
+    id=$(recorded "$prefix-$child-a[0-9]*")
+    [ -n "$id" ] || continue
+    after=
+    while [ "$after" != "$(dependency $parents)" ]; do
+      after=$(dependency $parents)
+      slurm scontrol update "JobId=$id" "Dependency=$after" || return
+    done
+  done
+}
+
+# Another attempt: its workers, its gate, and the dependents behind that.
+retry() {
+  local work gate
+  work=$(submit "$next_work") || return
+  gate=$(submit "$next_gate" "--dependency=afterany:$work") || return
+  echo "control: retry $work, gate $gate"
+  repoint
+}
+
+# MESSAGE: tells whoever wants to know.
+tell() { [ -z "$notify" ] || bash -c "$notify" notify "$run: $1"; }
+
+# Whatever of the run is still queued or runs is asked to leave.
+cancel_rest() {
+  local ids
+  ids=$(slurm squeue --me --noheader --format='%F %j' |
+    awk -v prefix="$prefix-" -v me="$SLURM_JOB_ID" \
+      'index($2, prefix) == 1 && $1 != me {print $1}' | sort -nu)
+  [ -z "$ids" ] || slurm scancel $ids
+}
+
+# REASON: the chain ends here.
+stop() {
+  [ -e "$run/STOPPED" ] || [ -e "$run/CANCELLED" ] || printf '%s\n' "$1" >"$run/STOPPED"
+  cancel_rest
+  sleep 1
+  cancel_rest  # what a gate beside this one submitted meanwhile
+  tell "stopped: $(cat "$run/STOPPED" 2>/dev/null)"
+  ended
+  exit 77
+}

@@ -1,0 +1,356 @@
+"""Sends a chain to a cluster, all of it up front, and looks after it there.
+
+Whatever is complete, queued or at work is left alone, so that submitting again only adds what
+is missing: that is also how a run that stopped, was cancelled, or lost jobs goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import getpass
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hpc import gates, slurm
+from hpc.admission import admit
+from hpc.cluster import Profile, read_profile
+from hpc.config import dump
+from hpc.disk import write_atomic
+from hpc.errors import UserError
+from hpc.executors.base import Job
+from hpc.executors.slurm import SlurmExecutor
+from hpc.naming import make_id, next_attempt, parse_name, prefix
+from hpc.planning import PREFLIGHT, Planned, Step, plan_of, preflight_job, steps_of
+from hpc.rundir import CANCELLED, STOPPED, Chain, RunDir, write_json
+from hpc.slurm import Queued
+from hpc.status import JobCounts
+
+_ROUNDS = 3
+Say = Callable[[str], None]
+
+
+def profile_path(run: RunDir) -> Path:
+    """The resolved profile of a run that was submitted to a cluster."""
+    return run.path / "cluster.yaml"
+
+
+def on_cluster(run: RunDir) -> bool:
+    """Whether a run was submitted to a cluster."""
+    return profile_path(run).exists()
+
+
+def submit(
+    chain: Chain,
+    profile: Profile,
+    say: Say = print,
+    remake: bool = False,
+    prepare: Callable[[], None] | None = None,
+) -> int:
+    """Queues everything a chain still lacks.
+
+    Args:
+        chain: The chain; its run directory may hold finished work.
+        profile: The cluster.
+        say: Told what happens, a line at a time.
+        remake: Make stages again that were made with another configuration.
+        prepare: Called once the run is held, before anything is submitted: writes the chain's
+            configuration, which its jobs read.
+
+    Returns:
+        How many jobs were submitted; 0 if the chain is complete or all of it is queued.
+
+    Raises:
+        UserError: Slurm refuses a job or stays away, another submission is under way, or the
+            run directory cannot be used as it is.
+    """
+    run = chain.run
+    run.create()
+    with run.lock():
+        if prepare is not None:
+            prepare()
+        if not remake:
+            gates.refuse_changes(chain)
+        if all(gates.standing(chain).values()):
+            return 0
+        run.unmark(STOPPED, CANCELLED, "slurm/finished")
+        profile = keep_profile(run, profile)
+        make_id(run)
+        run.add_provenance(chain.packages)
+        if slurm.available():
+            admit(_missing(chain, profile), profile)
+        count = 0
+        for _ in range(_ROUNDS):
+            submission = _Submission(chain, profile, say)
+            refused: slurm.Refused | None = None
+            try:
+                submission.fill()
+            except slurm.Refused as error:
+                refused = error
+            count += submission.count
+            if refused is not None and not refused.orphaned:
+                # What limits and --test-only did not tell: no half of a chain stays behind.
+                slurm.cancel([*submission.sent.values()], patience=profile.submit.patience)
+                say(f"the {submission.count} jobs submitted before it were cancelled")
+                raise refused
+            if not submission.lost():
+                if refused is not None:
+                    raise refused
+                return count
+        raise UserError(f"{run.path}: Slurm keeps losing jobs it has taken; ask its admins")
+
+
+def keep_profile(run: RunDir, profile: Profile) -> Profile:
+    """Writes the profile, fitted to the cluster, into the run, for its gates."""
+    profile = fitted(profile)
+    if slurm.available():
+        # Nodes are only avoided where many are left.
+        nodes = set(slurm.patiently("sinfo", "--noheader", "--format=%n").split())
+        write_json(run.path / "slurm" / "site.json", {"nodes": len(nodes)})
+    write_atomic(profile_path(run), dump(profile))
+    return profile
+
+
+def _missing(chain: Chain, profile: Profile) -> list[Planned]:
+    """The jobs of a plan that are not queued yet."""
+    patience = profile.submit.patience
+    live = {
+        (parsed[0], parsed[1])
+        for job in slurm.queue(prefix(chain.run) + "-", patience=patience)
+        if job.reason != "DependencyNeverSatisfied" and (parsed := parse_name(chain.run, job.name))
+    }
+    planned = plan_of(chain, profile)
+    return [item for item in planned if (item.job.stage, item.job.role) not in live]
+
+
+def fitted(profile: Profile) -> Profile:
+    """The profile within the cluster's limit on arrays, where there is a cluster."""
+    profile = copy.deepcopy(profile)
+    if slurm.available():
+        # The largest index is one less than this.
+        largest = int(slurm.config().get("MaxArraySize", "1001"))
+        for asked in (profile.cpu, profile.gpu, profile.training, *profile.stages.values()):
+            asked.workers = min(asked.workers, max(largest, 1))
+    return profile
+
+
+@dataclass
+class _Submission:
+    """One pass over a chain."""
+
+    chain: Chain
+    profile: Profile
+    say: Say
+    count: int = 0
+    gates: dict[str, str] = field(default_factory=dict)  # stage to the id of its gate
+    sent: dict[str, str] = field(default_factory=dict)  # name to id
+
+    def __post_init__(self) -> None:
+        run = self.chain.run
+        self.executor = SlurmExecutor(run, self.profile)
+        self.live: dict[str, Queued] = {}
+        hopeless = []
+        for job in slurm.queue(prefix(run) + "-", patience=self.profile.submit.patience):
+            if job.reason == "DependencyNeverSatisfied":
+                hopeless.append(job.job)
+            else:
+                self.live[job.name] = job
+        slurm.cancel(sorted(set(hopeless)))
+
+    def fill(self) -> None:
+        """Submits what is neither complete nor queued, parents first."""
+        chain = self.chain
+        standing = gates.standing(chain)
+        todo = [name for name in chain.stages if not standing[name]]
+        missing = [name for name in todo if self._live_gate(name) is None]
+        first = [name for name in missing if not self._waits_for(name, todo)]
+        first = [name for name in first if self._live_work(name) is None]
+        preflight = self._preflight(first) if first else ""
+        for name in todo:
+            parents = self._waits_for(name, todo)
+            before = [self.gates[parent] for parent in parents] or [preflight]
+            after = "afterok:" + ":".join(before) if before != [""] else ""
+            self._stage(name, after, renewed=any(parent in missing for parent in parents))
+        self._cancel_stale()
+
+    def _cancel_stale(self) -> None:
+        """Cancels the jobs in whose place others were submitted, held ones say."""
+        run = self.chain.run
+        renewed = {parsed[:2] for name in self.sent if (parsed := parse_name(run, name))}
+        stale = {
+            job.job
+            for name, job in self.live.items()
+            if (parsed := parse_name(run, name)) and parsed[:2] in renewed
+        }
+        slurm.cancel(sorted(stale))
+
+    def _stage(self, name: str, after: str, renewed: bool) -> None:
+        """Submits a stage's work and gate, as far as they are not there."""
+        gate, work = self._live_gate(name), self._live_work(name)
+        if work is not None and renewed and work.state == "PENDING" and after:
+            slurm.patiently(
+                "scontrol",
+                "update",
+                f"JobId={work.job}",
+                f"Dependency={after}",
+                patience=self.profile.submit.patience,
+            )
+        if gate is not None:
+            self.gates[name] = gate.job
+            return
+        attempt = next_attempt(self.chain.run, name)
+        work_step, gate_step = steps_of(self.chain, self.profile, name, attempt, attempt)
+        job = self._send(work_step, after) if work is None else work.job
+        self.gates[name] = self._send(gate_step, f"afterany:{job}")
+
+    def _preflight(self, stages: list[str]) -> str:
+        attempt = next_attempt(self.chain.run, PREFLIGHT)
+        job = preflight_job(self.chain, self.profile, stages, attempt)
+        return self._send(Step(job, self.profile.gate), "")
+
+    def _send(self, step: Step, after: str) -> str:
+        if self.chain.run.marked(CANCELLED) is not None:
+            raise UserError(f"{self.chain.run.path}: cancelled while it was being submitted")
+        job = replace(step.job, after=after)
+        self.executor.write(job, step.resources, step.retry)
+        handle = self.executor.send(job)
+        self.sent[job.name] = handle
+        self.count += 1
+        waits = f" after {after.partition(':')[2].replace(':', ', ')}" if after else ""
+        self.say(f"{handle}  {_what(job)}{waits}")
+        return handle
+
+    def lost(self) -> bool:
+        """Whether the controller has forgotten jobs it took, say because it was killed.
+
+        What belongs to them is cancelled, so that another pass makes it again.
+        """
+        run = self.chain.run
+        if not self.sent or run.marked(STOPPED) is not None or run.marked(CANCELLED) is not None:
+            return False
+        known = {
+            (job.name, job.job)
+            for job in slurm.queue(prefix(run) + "-", True, self.profile.submit.patience)
+        }
+        lost = [name for name, handle in self.sent.items() if (name, handle) not in known]
+        ended = {entry["name"] for entry in run.read_jobs() if entry.get("event") == "ended"}
+        lost = [name for name in lost if name not in ended]
+        if not lost:
+            return False
+        self.say(f"{len(lost)} jobs are unknown to Slurm; submitting them again")
+        touched = {parsed[0] for name in lost if (parsed := parse_name(run, name))}
+        if PREFLIGHT in touched:
+            touched = set(self.chain.stages)
+        for name in [*touched]:
+            touched.update(self.chain.dependents(name) if name in self.chain.stages else ())
+        slurm.cancel(
+            [
+                handle
+                for name, handle in self.sent.items()
+                if (name, handle) in known and (parse_name(run, name) or ("",))[0] in touched
+            ]
+        )
+        return True
+
+    def _waits_for(self, name: str, todo: Iterable[str]) -> list[str]:
+        return [parent for parent in self.chain.stages[name].parents if parent in todo]
+
+    def _live_gate(self, name: str) -> Queued | None:
+        return self._newest(name, "gate")
+
+    def _live_work(self, name: str) -> Queued | None:
+        return self._newest(name, "work")
+
+    def _newest(self, stage: str, role: str) -> Queued | None:
+        found = [
+            (parsed[2], job)
+            for job in self.live.values()
+            if (parsed := parse_name(self.chain.run, job.name)) and parsed[:2] == (stage, role)
+        ]
+        return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _what(job: Job) -> str:
+    if job.role != "work":
+        return f"{job.role} of {job.stage}" if job.role == "gate" else job.role
+    if job.array:
+        return f"{job.stage}: {job.count} worker{'s' if job.count > 1 else ''}"
+    return f"{job.stage}: {job.nodes} × {job.tasks}" if job.nodes * job.tasks > 1 else job.stage
+
+
+def live_jobs(run: RunDir) -> list[Queued]:
+    """The run's jobs that wait or run, in one call of squeue."""
+    patience = read_profile(profile_path(run)).submit.patience
+    return slurm.queue(prefix(run) + "-", patience=min(patience, 60.0))
+
+
+def cancel(run: RunDir, patience: float = 120.0) -> int:
+    """Cancels everything of a run and nothing else; its workers save and leave.
+
+    The marker comes first: no gate submits anything once it is there, and nothing that a
+    preemption puts back into the queue begins to work.
+
+    Args:
+        run: The run directory.
+        patience: Seconds to wait until nothing is left in the queue.
+
+    Returns:
+        How many jobs were cancelled.
+
+    Raises:
+        UserError: Slurm stays away, or some jobs do not leave.
+    """
+    run.mark(CANCELLED, f"by {getpass.getuser()} on {socket.gethostname()}")
+    give_up, told = time.monotonic() + patience, set[str]()
+    while True:
+        jobs = sorted({job.job for job in live_jobs(run)})
+        if not jobs:
+            return len(told)
+        if time.monotonic() > give_up:
+            raise UserError(
+                f"{run.path}: jobs {', '.join(jobs)} do not leave the queue; see squeue"
+            )
+        slurm.cancel(jobs)
+        told.update(jobs)
+        time.sleep(1.0)
+
+
+def job_counts(run: RunDir) -> dict[str, JobCounts]:
+    """The jobs of each stage that wait or run, in one call of squeue."""
+    found: dict[str, JobCounts] = {}
+    for job in live_jobs(run):
+        if (parsed := parse_name(run, job.name)) is None:
+            continue
+        counts = found.setdefault(parsed[0], JobCounts())
+        if job.state not in slurm.WAITING:
+            counts.running += job.count
+            continue
+        counts.pending += job.count
+        counts.why = counts.why or job.reason
+        if "eld" in job.reason or "HOLD" in job.state:
+            counts.held += job.count
+            counts.why = job.reason
+    return found
+
+
+def hours(run: RunDir) -> dict[str, float]:
+    """Node-, core- and GPU-hours so far, attempts before a requeue included.
+
+    One call of sacct; where the cluster keeps no accounts, what the jobs noted at their end.
+    """
+    entries = run.read_jobs()
+    jobs = [entry["job"] for entry in entries if entry.get("event") == "submitted"]
+    spent = slurm.accounts(jobs)
+    if spent:
+        return {
+            "node": sum(item.seconds * item.nodes for item in spent) / 3600,
+            "core": sum(item.seconds * item.cores for item in spent) / 3600,
+            "gpu": sum(item.seconds * item.gpus for item in spent) / 3600,
+        }
+    ended = [entry for entry in entries if entry.get("event") == "ended"]
+    return {
+        key: sum(entry["seconds"] * entry.get(of, 0) for entry in ended) / 3600
+        for key, of in (("node", "nodes"), ("core", "cores"), ("gpu", "gpus"))
+    }

@@ -1,0 +1,65 @@
+"""Commands that run a chain on a Slurm cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hpc.cluster import Profile
+    from hpc.rundir import Chain
+
+ChainArgument = Annotated[Path, typer.Argument(metavar="CHAIN", help="A chain file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
+]
+ProfileOption = Annotated[
+    Path, typer.Option("--cluster", metavar="PROFILE", help="A cluster profile (YAML).")
+]
+RunOption = Annotated[
+    Path | None, typer.Option(help="Where to; by default runs/NAME of the chain file.")
+]
+
+
+def submit(
+    chain: ChainArgument,
+    overrides: Overrides = None,
+    cluster: ProfileOption = ...,  # type: ignore[assignment]
+    run_dir: RunOption = None,
+    remake: Annotated[
+        bool, typer.Option("--remake", help="Make again what another configuration made.")
+    ] = False,
+) -> None:
+    """Queue a whole chain on a cluster; the same command adds what is missing."""
+    from hpc.cluster import read_profile
+    from hpc.rundir import RunDir
+    from insightv.chain import assemble
+    from insightv.cli.runs import save
+    from insightv.config import read
+
+    profile = read_profile(cluster)
+    config = read(chain, overrides or ())
+    assembled = assemble(config, RunDir(run_dir or Path("runs") / chain.stem))
+    send(assembled, profile, remake, save=lambda: save(assembled, config, remake, held=True))
+
+
+def send(chain: Chain, profile: Profile, remake: bool = False, save: Any = None) -> None:
+    """Submits what a run lacks, and says so."""
+    from hpc.submission import submit
+
+    count = submit(chain, profile, remake=remake, prepare=save)
+    path = chain.run.path
+    if count:
+        print(f"{path}: {count} jobs submitted; `insightv status {path}` shows them")
+    else:
+        print(f"{path}: complete or queued as a whole, nothing to submit")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the commands."""
+    from insightv.cli.planning import plan
+
+    app.command("plan", rich_help_panel="Run")(plan)
+    app.command("submit", rich_help_panel="Run")(submit)

@@ -1,0 +1,133 @@
+"""The command that shows what a submission would queue, and writes it for people."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from insightv.cli.cluster import ChainArgument, Overrides, ProfileOption, RunOption
+
+if TYPE_CHECKING:
+    from hpc.cluster import Profile
+    from hpc.planning import Planned
+    from hpc.rundir import Chain
+    from insightv.config import ChainConfig
+
+
+def plan(
+    chain: ChainArgument,
+    overrides: Overrides = None,
+    cluster: ProfileOption = ...,  # type: ignore[assignment]
+    run_dir: RunOption = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="D", help="Write the scripts to this folder.")
+    ] = None,
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", help="Only make the run directory that such scripts work in."),
+    ] = False,
+) -> None:
+    """Show every job, what it waits for, its exact sbatch text and what it will make."""
+    from hpc.admission import admit
+    from hpc.cluster import read_profile
+    from hpc.planning import plan_of
+    from hpc.rundir import RunDir
+    from hpc.submission import fitted
+    from insightv.chain import assemble
+    from insightv.config import read
+
+    profile, config = read_profile(cluster), read(chain, overrides or ())
+    run = run_dir or Path("runs") / chain.stem
+    assembled = assemble(config, RunDir(run))
+    if prepare:
+        _prepare(assembled, config, profile)
+        return
+    if write is not None:
+        given = [str(chain), *(overrides or ())]
+        _write(assembled, profile, write, run, given, cluster)
+        return
+    profile = fitted(profile)
+    planned = plan_of(assembled, profile)
+    if not planned:
+        print(f"{assembled.run.path}: complete, nothing to do")
+        return
+    for item in planned:
+        print(f"==> {item.name} <==", item.text, sep="\n")
+    _show(planned, profile)
+    print(admit(planned, profile))
+
+
+def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
+    """Makes a run directory whose jobs somebody submits by hand: what `submit` writes first."""
+    from hpc.naming import make_id
+    from hpc.submission import keep_profile
+    from insightv.cli.runs import save
+
+    run = chain.run
+    run.create()
+    with run.lock():
+        save(chain, config, remake=False, held=True)
+        make_id(run)
+        keep_profile(run, profile)
+        run.add_provenance(chain.packages)
+
+
+def _write(
+    chain: Chain, profile: Profile, folder: Path, run: Path, given: Sequence[str], cluster: Path
+) -> None:
+    """Writes the scripts; they name no folder of this machine but those given here."""
+    from hpc.planning import chain_script, plan_of
+
+    # Whoever submits by hand has the command on the path, which jobs inherit.
+    chain.command = ["insightv"]
+    planned = plan_of(chain, profile, by_hand=True)
+    if not planned:
+        print(f"{chain.run.path}: complete, nothing to write")
+        return
+    plan = f"insightv plan {shlex.join(given)} --cluster {shlex.quote(str(cluster))}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in planned:
+        (folder / f"{item.file}.sh").write_text(item.text)
+    script = chain_script(
+        chain.run,
+        planned,
+        default=str(run),
+        prepare=f'{plan} --run-dir "$run" --prepare',
+        about=f"Written by: {plan} --write {shlex.quote(str(folder))}",
+    )
+    path = folder / "chain.sh"
+    path.write_text(script)
+    path.chmod(0o755)
+    print(f"{folder}: {len(planned)} scripts and chain.sh, which submits them")
+
+
+def _show(planned: list[Planned], profile: Profile) -> None:
+    from rich.table import Table
+
+    from insightv.cli.runs import console
+
+    table = Table(title="jobs", title_justify="left")
+    for heading in ("job", "after", "processes", "nodes", "GPUs", "cores", "minutes"):
+        table.add_column(heading)
+    total = 0.0
+    for item in planned:
+        asked, job = item.resources, item.job
+        wide = job.count if job.array else job.nodes
+        total += wide * asked.gpus * asked.minutes / 60
+        processes = job.count if job.array else job.nodes * job.tasks
+        table.add_row(
+            item.name,
+            ", ".join(item.after),
+            str(processes),
+            str(wide),
+            str(wide * asked.gpus or ""),
+            str(processes * asked.cores),
+            str(asked.minutes),
+        )
+    console().print(table)
+    budget = f", of a budget of {profile.budget.gpu_hours:g}" if profile.budget.gpu_hours else ""
+    print(f"{len(planned)} jobs; at most {total:.1f} GPU-hours in one attempt of each{budget}")

@@ -1,0 +1,6 @@
+"""A real Slurm for the tests; ``python -m tests.cluster.testbed --help`` for people."""
+
+from .cluster import Testbed, obstacle
+from .layout import ACCOUNT, USER, VARIANTS, Settings, TestbedError
+
+__all__ = ["ACCOUNT", "USER", "VARIANTS", "Settings", "Testbed", "TestbedError", "obstacle"]
