@@ -17,6 +17,7 @@ from typing import Any
 
 import submitit
 
+from hpc import slurm
 from hpc.cluster import Profile, Resources
 from hpc.errors import UserError
 from hpc.executors.base import Job
@@ -155,6 +156,7 @@ def _setup(
         "nodes": str(job.nodes),
         "cores": str(job.nodes * job.tasks * resources.cores),
         "gpus": str(job.nodes * resources.gpus),
+        "minutes": str(resources.minutes),
         "payload": "",
     }
     lines = [f"{name}={shlex.quote(value)}" for name, value in known.items()]
@@ -172,6 +174,8 @@ def _setup(
         return lines
     lines.append(f"exported=({' '.join(profile.export)}) notify={shlex.quote(profile.notify)}")
     lines.append(f"prefix={prefix(run)}")
+    asked = shlex.join(slurm.ACCOUNTS) if profile.budget.gpu_hours else ""
+    lines.append(f"accounts=({asked})")
     if retry is not None:
         lines += [
             f"next_work={retry.work} next_gate={retry.gate}",
