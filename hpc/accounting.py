@@ -34,11 +34,11 @@ def spent(notes: Sequence[Note], accounts: Iterable[Spent] | None, now: float) -
     for job in {**told, **starts}:
         rows = dict(enumerate(told.get(job, ())))
         for restart, note in starts.get(job, {}).items():
-            row = rows.pop(restart) if restart in rows else None
+            known = rows.pop(restart) if restart in rows else None
             if note["event"] == "ended":
                 found.append(_noted(note, float(note["seconds"])))
             else:
-                found.append(row or _noted(note, _until_a_look(note, notes, now)))
+                found.append(known or _noted(note, _until_a_look(note, notes, now)))
         found += rows.values()
     return found
 

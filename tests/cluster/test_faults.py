@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import stat
 import sys
 import time
 from pathlib import Path
@@ -16,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chains import Run, profile, wait_for  # noqa: E402
 
 from hpc.cluster import Resources  # noqa: E402
-from hpc.rundir import STOPPED  # noqa: E402
 
 SMALL = ("small=true", "n=24", "per_shard=4")
-SLOW = (*SMALL, "pause=2.0")  # a shard takes about four seconds
+SLOW = (*SMALL, "pause=2.0", "only=double")  # a shard of double takes about four seconds
 
 
 def test_a_chain_from_one_command(cluster: Testbed) -> None:
@@ -69,10 +67,18 @@ def test_a_crashed_node(cluster: Testbed) -> None:
     run = Run(cluster)
     run.submit(*SLOW)
     run.working("double")
-    node = cluster.run("squeue", "-h", "-t", "R", "-o", "%N").stdout.split()[0]
+    node = run.node("double")
     cluster.crash(node)
     time.sleep(15)
     cluster.restore(node)
+    run.check()
+
+
+def test_a_node_that_never_returns(cluster: Testbed) -> None:
+    run = Run(cluster)
+    run.submit(*SLOW)
+    run.working("double")
+    cluster.crash(run.node("double"))
     run.check()
 
 
@@ -86,14 +92,54 @@ def test_preemption_of_all_workers(cluster: Testbed) -> None:
     run.check()
 
 
-def test_the_time_limit_of_workers(cluster: Testbed) -> None:
+def test_told_that_the_time_limit_is_near(cluster: Testbed) -> None:
+    """The signal that Slurm sends before the limit, sent by hand: nobody waits for minutes.
+
+    On a cluster where jobs are only queued again if they asked for it.
+    """
+    with cluster.variant("no-requeue"):
+        run = Run(cluster)
+        run.submit(*SLOW, "steps=12")
+        wait_for(lambda: (run.path / "steps").exists(), say=run.say)
+        warn(cluster, run.job("work", "numbers"))
+        run.working("double", 2)
+        warn(cluster, run.job("work", "double"))
+        run.check()
+    for stage in ("numbers", "double"):
+        assert {75, 138} & {entry["status"] for entry in run.ended(stage)}, stage
+        assert max(entry["restart"] for entry in run.ended(stage)) == 1
+    # Each step of the job was made once: it went on where it had stopped.
+    assert (run.path / "steps").read_text().split() == [str(step) for step in range(12)]
+    assert [entry["attempt"] for entry in run.submitted()] == [0] * 7
+
+
+def warn(cluster: Testbed, job: str) -> None:
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+
+
+@pytest.mark.full  # limits are whole minutes
+@pytest.mark.timeout(1800)
+def test_the_time_limit(cluster: Testbed) -> None:
     asked = profile()
     asked.cpu.minutes, asked.cpu.grace = 2, 30
     run = Run(cluster, asked)
-    run.submit("small=true", "n=8", "per_shard=2", "pause=40.0")
+    run.submit("small=true", "n=8", "per_shard=2", "pause=40.0", "steps=130")
+    run.wait(1500)
     run.check()
-    assert any(e["status"] in (75, 138) for e in run.ended("double"))
-    assert max(e["restart"] for e in run.ended("double")) >= 1
+    for stage in ("numbers", "double"):
+        assert {75, 138} & {entry["status"] for entry in run.ended(stage)}, stage
+        assert max(entry["restart"] for entry in run.ended(stage)) >= 1
+    assert (run.path / "steps").read_text().split() == [str(step) for step in range(130)]
+
+
+def test_a_job_that_hangs(cluster: Testbed) -> None:
+    run = Run(cluster, profile(stall=8.0))
+    run.submit(*SMALL, "fault=numbers:hang")
+    run.check()
+    first = run.ended("numbers")[0]
+    assert (first["status"], first["restart"]) == (75, 0) and first["seconds"] < 120
+    log = (run.dir.logs("numbers") / "a0-0.log").read_text()
+    assert "no progress for" in log and "misbehave" in log  # the stack
 
 
 def test_single_elements_are_cancelled(cluster: Testbed) -> None:
@@ -132,26 +178,32 @@ def test_the_controller_dies_during_submission(cluster: Testbed) -> None:
     assert_nothing_twice(run)
 
 
-def test_a_gate_killed_between_its_two_submissions(cluster: Testbed) -> None:
+def test_the_controller_dies_during_a_stage(cluster: Testbed) -> None:
     run = Run(cluster)
-    # The second job that the gate of `double` submits finds the gate's node dead.
-    folder = run.folder / "bin"
-    folder.mkdir()
-    wrapper = folder / "sbatch"
-    wrapper.write_text(
-        "#!/bin/bash\n"
-        f'case "$*" in *double.gate-a1*) [ -e {folder}/once ] || '
-        f"{{ touch {folder}/once {folder}/now; sleep 60; }} ;; esac\n"
-        'exec /usr/bin/sbatch "$@"\n'
-    )
-    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-    folder.chmod(0o777)
-    path = f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    run.submit(*SLOW, "workers=1", env={"PATH": path})
+    run.submit(*SLOW)
+    run.working("double", 2)
+    time.sleep(6)  # a controller may forget what it learned within its last five seconds
+    cluster.kill_controller()
+    time.sleep(15)  # workers and their node's slurmd finish meanwhile, and cannot tell
+    cluster.start_controller()
+    run.check()
+    assert_nothing_twice(run)
+
+
+@pytest.mark.parametrize(
+    ("tool", "pattern"),
+    [
+        pytest.param("sbatch", "*double.gate-a1*", id="between its two submissions"),
+        pytest.param("scontrol", "*Dependency=*", id="before it rewrites dependencies"),
+    ],
+)
+def test_a_gate_is_killed(cluster: Testbed, tool: str, pattern: str) -> None:
+    run = Run(cluster)
+    environment, asleep = run.interpose(tool, pattern)
+    run.submit(*SLOW, "workers=1", env=environment)
     run.working("double")[0].kill()
-    wait_for(lambda: (folder / "now").exists())
-    gate = run.job("gate", "double")
-    node = cluster.run("squeue", "-h", "-j", gate, "-o", "%N").stdout.strip()
+    wait_for(asleep.exists, say=run.say)
+    node = run.node("double", "gate")
     cluster.crash(node)
     time.sleep(12)
     cluster.restore(node)
@@ -163,19 +215,22 @@ def test_a_payload_that_cannot_start(cluster: Testbed) -> None:
     asked = profile()
     asked.gate.retries = 1
     run = Run(cluster, asked)
+    told = run.folder / "told"
+    asked.notify = f'printf "%s\\n" "$1" >>{told}'
+    run.write(asked)
     run.submit(*SMALL, "fault=double:exit")
-    wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
-    reason = run.dir.marked(STOPPED) or ""
+    reason = run.halted()
     assert "double" in reason and "exit status 7" in reason and "2 attempts" in reason
+    assert told.read_text() == f"{run.path}: stopped: {reason}\n"
     run.submit("fault=none")
     run.check()
+    assert told.read_text().splitlines()[1:] == [f"{run.path}: complete"]
 
 
 def test_a_gate_that_cannot_start(cluster: Testbed) -> None:
     run = Run(cluster)
     run.submit(*SMALL, "fault=gate:exit")
-    wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
-    assert "gate ended with status 1" in (run.dir.marked(STOPPED) or "")
+    assert "gate ended with status 1" in run.halted()
     run.submit("fault=none")
     run.check()
 
@@ -183,7 +238,7 @@ def test_a_gate_that_cannot_start(cluster: Testbed) -> None:
 def test_two_submissions_at_once(cluster: Testbed) -> None:
     run = Run(cluster)
     run.submit(*SMALL, "fault=numbers:user", check=False)  # makes the folder
-    wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
+    assert "/nowhere is not a model folder" in run.halted()
     both = [cluster.popen(*run.command("submit", run.profile, "fault=none")) for _ in range(2)]
     assert sorted(process.wait(timeout=600) for process in both) in ([0, 0], [0, 2])
     run.check()
@@ -203,10 +258,31 @@ def test_a_paused_owner_comes_back(cluster: Testbed) -> None:
     run = Run(cluster)
     run.submit(*SLOW)
     paused = run.working("double", 2)[0]
+    owned = leases(run, paused.pid)
     paused.send_signal(signal.SIGSTOP)
-    time.sleep(20)
-    paused.send_signal(signal.SIGCONT)
+    try:
+        wait_for(lambda: taken(run, owned), say=run.say)
+    finally:
+        paused.send_signal(signal.SIGCONT)
     run.check()
+
+
+def leases(run: Run, pid: int) -> set[str]:
+    """The leases that a process of this machine holds: files it has open."""
+    folder = run.dir.leases("double")
+    names: set[str] = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        target = link.readlink()
+        if target.parent == folder:
+            names.add(target.name)
+    assert names
+    return names
+
+
+def taken(run: Run, owned: set[str]) -> bool:
+    """Whether every shard of these leases is complete or in other hands."""
+    folder = run.dir.leases("double")
+    return not any((folder / name).exists() for name in owned)
 
 
 def assert_nothing_twice(run: Run) -> None:
