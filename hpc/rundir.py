@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
@@ -201,7 +201,7 @@ class RunDir:
             else:
                 path.unlink(missing_ok=True)
         folder = self.stage_dir(stage)
-        if folder.exists():
+        with suppress(FileNotFoundError):  # never there, or another has just removed it
             folder.rename(folder.with_name(f".removed-{uuid.uuid4().hex}"))
         for left in folder.parent.glob(".removed-*"):
             shutil.rmtree(left, ignore_errors=True)
