@@ -98,11 +98,11 @@ class Run:
             if entry.get("event") == "ended" and (entry["stage"], entry["role"]) == (stage, role)
         ]
 
-    def node(self, stage: str, role: str = "work") -> str:
-        """A node where the newest job of a stage runs now."""
+    def nodes(self, stage: str, role: str = "work") -> list[str]:
+        """The nodes where the newest job of a stage runs now."""
         job = self.job(role, stage)
         said = self.cluster.run("squeue", "-h", "-t", "R", "-j", job, "-o", "%N").stdout
-        return said.split()[0]
+        return sorted(set(said.split()))
 
     def interpose(self, tool: str, pattern: str) -> tuple[dict[str, str], Path]:
         """Puts a wrapper before one of Slurm's commands that sleeps once, when it is called so.

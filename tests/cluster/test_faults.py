@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -55,41 +56,57 @@ def test_a_job_of_several_nodes(cluster: Testbed) -> None:
     assert told[0]["MASTER_ADDR"].startswith("node")
 
 
-def test_a_killed_worker(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SLOW)
-    run.working("double", 2)[0].kill()
-    run.check()
-    assert 137 in {entry["status"] for entry in run.ended("double")}
+def test_workers_killed_cancelled_and_paused(cluster: Testbed) -> None:
+    killed, cancelled, paused = (Run(cluster) for _ in range(3))
+    for run in (killed, cancelled, paused):
+        run.submit(*SLOW)
+    killed.working("double", 2)[0].kill()
+    cancelled.working("double", 2)
+    cluster.run("scancel", f"{cancelled.job('work', 'double')}_0")
+    owner = paused.working("double", 2)[0]
+    owned = leases(paused, owner.pid)
+    owner.send_signal(signal.SIGSTOP)
+    try:
+        wait_for(lambda: taken(paused, owned), say=paused.say)
+    finally:
+        owner.send_signal(signal.SIGCONT)
+    for run in (killed, cancelled, paused):
+        run.check()
+    assert 137 in {entry["status"] for entry in killed.ended("double")}
+    assert 143 in {entry["status"] for entry in cancelled.ended("double")}
 
 
-def test_a_crashed_node(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SLOW)
-    run.working("double")
-    node = run.node("double")
-    cluster.crash(node)
-    time.sleep(15)
-    cluster.restore(node)
-    run.check()
-
-
-def test_a_node_that_never_returns(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SLOW)
-    run.working("double")
-    cluster.crash(run.node("double"))
-    run.check()
-
-
-def test_preemption_of_all_workers(cluster: Testbed) -> None:
-    run = Run(cluster, profile(partition="low"))
+def test_nodes_die_and_one_returns(cluster: Testbed) -> None:
+    whole = Resources(memory="400M", minutes=20, workers=2, cores=cluster.settings.cpus)
+    run = Run(cluster, profile(stages={"double": whole}))
     run.submit(*SLOW)
     run.working("double", 2)
-    words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 5")
-    cluster.run(*words, "--output=/dev/null")
-    wait_for(lambda: any(e["asked"] == "leave" for e in run.ended("double")))
+    returns, stays = run.nodes("double")
+    cluster.crash(returns)
+    cluster.crash(stays)
+    time.sleep(15)
+    cluster.restore(returns)
     run.check()
+
+
+def test_preemption_of_all_workers_and_a_cancel_meanwhile(cluster: Testbed) -> None:
+    kept, cancelled = (Run(cluster, profile(partition="low")) for _ in range(2))
+    for run in (kept, cancelled):
+        run.submit(*SLOW)
+    for run in (kept, cancelled):
+        run.working("double", 2)
+    words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 10")
+    cluster.run(*words, "--output=/dev/null")
+    for run in (kept, cancelled):
+        wait_for(lambda run=run: any(e["asked"] == "leave" for e in run.ended("double")))
+    cancelled.cancel()
+    assert not cancelled.queue()
+    kept.check()
+    # The other job is over, the credentials have expired: nothing has come back.
+    assert not cancelled.queue() and not cancelled.payloads("double")
+    assert cancelled.status()["state"] == "cancelled"
+    cancelled.submit()
+    cancelled.check()
 
 
 def test_told_that_the_time_limit_is_near(cluster: Testbed) -> None:
@@ -142,129 +159,77 @@ def test_a_job_that_hangs(cluster: Testbed) -> None:
     assert "no progress for" in log and "misbehave" in log  # the stack
 
 
-def test_single_elements_are_cancelled(cluster: Testbed) -> None:
+def test_the_controller_dies(cluster: Testbed) -> None:
+    """During the submission, and once more while a stage is at work."""
     run = Run(cluster)
-    run.submit(*SLOW)
-    run.working("double", 2)
-    cluster.run("scancel", f"{run.job('work', 'double')}_0")
-    run.check()
-
-
-def test_cancel_during_preemption(cluster: Testbed) -> None:
-    run = Run(cluster, profile(partition="low"))
-    run.submit(*SLOW)
-    run.working("double", 2)
-    words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 20")
-    cluster.run(*words, "--output=/dev/null")
-    wait_for(lambda: any(e["asked"] == "leave" for e in run.ended("double")))
-    run.cancel()
-    assert not run.queue()
-    time.sleep(30)  # the other job is over, the credentials have expired
-    assert not run.queue() and not run.payloads("double")
-    assert run.status()["state"] == "cancelled"
-    run.submit()
-    run.check()
-
-
-def test_the_controller_dies_during_submission(cluster: Testbed) -> None:
-    run = Run(cluster)
-    process = cluster.popen(*run.command("submit", run.profile, *SLOW))
+    process = cluster.popen(*run.command("submit", run.profile, *SMALL, "pause=3.0", "only=double"))
     wait_for(lambda: len(run.submitted()) >= 3, pause=0.05)
     cluster.kill_controller()
     time.sleep(3)
     cluster.start_controller()
     assert process.wait(timeout=600) == 0
-    run.check()
-    assert_nothing_twice(run)
-
-
-def test_the_controller_dies_during_a_stage(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SLOW)
     run.working("double", 2)
     time.sleep(6)  # a controller may forget what it learned within its last five seconds
     cluster.kill_controller()
-    time.sleep(15)  # workers and their node's slurmd finish meanwhile, and cannot tell
+    time.sleep(15)  # workers end meanwhile, and cannot tell
     cluster.start_controller()
     run.check()
     assert_nothing_twice(run)
 
 
-@pytest.mark.parametrize(
-    ("tool", "pattern"),
-    [
-        pytest.param("sbatch", "*double.gate-a1*", id="between its two submissions"),
-        pytest.param("scontrol", "*Dependency=*", id="before it rewrites dependencies"),
-    ],
-)
-def test_a_gate_is_killed(cluster: Testbed, tool: str, pattern: str) -> None:
-    run = Run(cluster)
-    environment, asleep = run.interpose(tool, pattern)
-    run.submit(*SLOW, "workers=1", env=environment)
-    run.working("double")[0].kill()
-    wait_for(asleep.exists, say=run.say)
-    node = run.node("double", "gate")
-    cluster.crash(node)
+def test_gates_are_killed(cluster: Testbed) -> None:
+    """With their node: between the two submissions, and before the dependencies are rewritten."""
+    between, before = runs = [Run(cluster) for _ in range(2)]
+    asleep = []
+    for run, tool, pattern in (
+        (between, "sbatch", "*double.gate-a1*"),
+        (before, "scontrol", "*Dependency=*"),
+    ):
+        environment, sleeps = run.interpose(tool, pattern)
+        asleep.append(sleeps)
+        run.submit(*SLOW, "workers=1", env=environment)
+    for run in runs:
+        run.working("double")[0].kill()
+    wait_for(lambda: all(path.exists() for path in asleep), say=between.say)
+    nodes = {run.nodes("double", "gate")[0] for run in runs}
+    for node in nodes:
+        cluster.crash(node)
     time.sleep(12)
-    cluster.restore(node)
-    run.check()
-    assert_nothing_twice(run)
+    for node in nodes:
+        cluster.restore(node)
+    for run in runs:
+        run.check()
+        assert_nothing_twice(run)
 
 
-def test_a_payload_that_cannot_start(cluster: Testbed) -> None:
+def test_chains_that_stop_and_go_on(cluster: Testbed) -> None:
     asked = profile()
     asked.gate.retries = 1
-    run = Run(cluster, asked)
-    told = run.folder / "told"
+    payload, gate, twice = runs = [Run(cluster, asked) for _ in range(3)]
+    told = payload.folder / "told"
     asked.notify = f'printf "%s\\n" "$1" >>{told}'
-    run.write(asked)
-    run.submit(*SMALL, "fault=double:exit")
-    reason = run.halted()
+    payload.write(asked)
+    for run, fault in zip(runs, ("double:exit", "gate:exit", "numbers:user"), strict=True):
+        run.submit(*SMALL, f"fault={fault}")
+    reason = payload.halted()
     assert "double" in reason and "exit status 7" in reason and "2 attempts" in reason
-    assert told.read_text() == f"{run.path}: stopped: {reason}\n"
-    run.submit("fault=none")
-    run.check()
-    assert told.read_text().splitlines()[1:] == [f"{run.path}: complete"]
+    assert told.read_text() == f"{payload.path}: stopped: {reason}\n"
+    assert "gate ended with status 1" in gate.halted()
+    assert "/nowhere is not a model folder" in twice.halted()
 
-
-def test_a_gate_that_cannot_start(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SMALL, "fault=gate:exit")
-    assert "gate ended with status 1" in run.halted()
-    run.submit("fault=none")
-    run.check()
-
-
-def test_two_submissions_at_once(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SMALL, "fault=numbers:user", check=False)  # makes the folder
-    assert "/nowhere is not a model folder" in run.halted()
-    both = [cluster.popen(*run.command("submit", run.profile, "fault=none")) for _ in range(2)]
+    command = twice.command("submit", twice.profile, "fault=none")
+    both = [cluster.popen(*command, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert sorted(process.wait(timeout=600) for process in both) in ([0, 0], [0, 2])
-    run.check()
-    assert_nothing_twice(run)
+    for run in (payload, gate):
+        run.submit("fault=none")
+    for run in runs:
+        run.check()
+        assert_nothing_twice(run)
+    assert told.read_text().splitlines()[1:] == [f"{payload.path}: complete"]
 
-
-def test_a_changed_configuration_is_refused(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SMALL)
-    run.check()
-    done = run.submit("factor=5", check=False)
-    assert done.returncode == 2 and "factor: 2 → 5" in done.stderr
-    assert not run.queue()
-
-
-def test_a_paused_owner_comes_back(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SLOW)
-    paused = run.working("double", 2)[0]
-    owned = leases(run, paused.pid)
-    paused.send_signal(signal.SIGSTOP)
-    try:
-        wait_for(lambda: taken(run, owned), say=run.say)
-    finally:
-        paused.send_signal(signal.SIGCONT)
-    run.check()
+    refused = twice.submit("factor=5", check=False)
+    assert refused.returncode == 2 and "factor: 2 → 5" in refused.stderr
+    assert not twice.queue()
 
 
 def leases(run: Run, pid: int) -> set[str]:
