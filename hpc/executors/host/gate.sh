@@ -95,3 +95,11 @@ stop() {
   ended
   exit 77
 }
+
+# Where there is a budget: what jobs have used that were killed and could not note their end.
+if [ ${#accounts[@]} -gt 0 ]; then
+  all=$(sed -n 's/.*"event": "submitted".*"job": "\([0-9]*\)".*/\1/p' "$run/jobs.jsonl" | sort -u)
+  if sacct "${accounts[@]}" "--jobs=${all//$'\n'/,}" >"$run/slurm/accounts.$SLURM_JOB_ID" 2>/dev/null
+  then mv "$run/slurm/accounts.$SLURM_JOB_ID" "$run/slurm/accounts"
+  else rm -f "$run/slurm/accounts.$SLURM_JOB_ID"; fi
+fi
