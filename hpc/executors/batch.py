@@ -245,7 +245,7 @@ def _command(job: Job, unnamed: RunDir | None = None) -> str:
         return (
             f"run srun --export=ALL --kill-on-bad-exit=1 bash -c {shlex.quote(_RANK)} rank {words}"
         )
-    return f"run {words}"
+    return f"{'run' if job.role == 'work' else 'persist'} {words}"
 
 
 @cache

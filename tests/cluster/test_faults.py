@@ -215,6 +215,8 @@ def test_chains_that_stop_and_go_on(cluster: Testbed) -> None:
     assert "double" in reason and "exit status 7" in reason and "2 attempts" in reason
     assert told.read_text() == f"{payload.path}: stopped: {reason}\n"
     assert "gate ended with status 1" in gate.halted()
+    log = next((gate.path / "slurm" / "logs").glob("*numbers.gate-a0.log")).read_text()
+    assert log.count("trying again") == 2
     assert "/nowhere is not a model folder" in twice.halted()
 
     command = twice.command("submit", twice.profile, "fault=none")

@@ -28,10 +28,9 @@ def faulty(testbed: Testbed) -> Path:
     return made
 
 
-def inject(cluster: Testbed, node: str, library: Path, run: Run, **what: int) -> None:
+def inject(cluster: Testbed, node: str, library: Path, **what: object) -> None:
     asked = {f"FAULTY_{name.upper()}": str(value) for name, value in what.items()}
-    under = f"{run.path}/stages/"
-    cluster.inject(node, {"LD_PRELOAD": str(library), "FAULTY_UNDER": under, **asked})
+    cluster.inject(node, {"LD_PRELOAD": str(library), **asked})
 
 
 def test_a_full_disk(cluster: Testbed) -> None:
@@ -55,15 +54,14 @@ def test_files_that_fail_on_a_node_and_are_seen_late_by_the_others(
 ) -> None:
     run = Run(cluster)
     failing, *late = cluster.settings.names  # Slurm fills the first node first
-    inject(cluster, failing, faulty, run, every=40)
+    inject(cluster, failing, faulty, under=".part", every=10)
     for node in late:
-        inject(cluster, node, faulty, run, late=4)
+        inject(cluster, node, faulty, under=f"{run.path}/stages/", late=4)
     run.submit(*SLOW)
     run.check()
-    failed = [entry for entry in run.ended("double") if entry["status"] == 1]
+    failed = [e for stage in ("numbers", "double") for e in run.ended(stage) if e["status"] == 1]
     assert {entry["node"] for entry in failed} == {failing}
-    names = [entry["name"] for entry in run.submitted() if entry["attempt"] == 1]
-    retry = next(name for name in names if "-double-a1" in name)
+    retry = failed[0]["name"].replace("-a0", "-a1")
     script = (run.path / "slurm" / f"{retry}.sh").read_text()
     assert f"#SBATCH --exclude={failing}\n" in script
 
@@ -71,7 +69,7 @@ def test_files_that_fail_on_a_node_and_are_seen_late_by_the_others(
 def test_clocks_an_hour_apart(cluster: Testbed, faulty: Path) -> None:
     whole = Resources(memory="400M", minutes=20, workers=2, cores=cluster.settings.cpus)
     run = Run(cluster, profile(stages={"double": whole}))
-    inject(cluster, "node1", faulty, run, clock=3600)
+    inject(cluster, "node1", faulty, clock=3600)
     run.submit(*SLOW)
     run.working("double", 2)[0].kill()
     run.check()
