@@ -8,7 +8,7 @@ from pathlib import Path
 from testbed import Testbed
 
 sys.path.insert(0, str(Path(__file__).parent))
-from chains import Run, profile, wait_for  # noqa: E402
+from chains import Run, profile  # noqa: E402
 
 SMALL = ("small=true", "n=24", "per_shard=4")
 
@@ -29,15 +29,12 @@ def all_ended(run: Run, role: str) -> list[dict[str, int]]:
 
 
 def test_a_limit_on_jobs(cluster: Testbed) -> None:
-    """A quality of service that takes eight jobs: submitting again adds the others."""
+    """A quality of service that takes eight jobs and runs two of them at once."""
     run = Run(cluster, profile(qos="few"))
-    done = run.submit("n=24", "only=double", check=False)
-    assert done.returncode == 2 and "Slurm refuses it" in done.stderr
-    assert "QOSMaxSubmitJobPerUserLimit" in done.stderr and "Traceback" not in done.stderr
-    while done.returncode:
-        assert done.returncode == 2
-        wait_for(lambda: not run.queue(), say=run.say)
-        done = run.submit(check=False)
+    done = run.submit("n=24", check=False)
+    assert done.returncode == 2 and "QOS few allows 8" in done.stderr
+    assert not run.submitted() and not run.queue()
+    run.submit(*SMALL, "workers=1")
     run.check()
 
 
