@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from hpc import gates
+from hpc.accounting import spent, totals
 from hpc.cluster import Profile, read_profile
 from hpc.disk import make_folder
 from hpc.errors import UserError
 from hpc.logs import last_line
 from hpc.rundir import CANCELLED, STOPPED, Chain, read_json, write_json
+from hpc.slurm import read_accounts
 from hpc.work import work
 
 _SAVED = {0, 75, 77, 130, 138, 143}
@@ -182,19 +185,23 @@ def _overspent(chain: Chain, profile: Profile) -> str:
     limit = profile.budget.gpu_hours
     if not limit:
         return ""
-    spent = gpu_hours(chain)
-    if spent < limit:
+    used = gpu_hours(chain)
+    if used < limit:
         return ""
     return (
-        f"{spent:.2f} GPU-hours are used, the budget of {limit:g} (budget.gpu_hours); "
+        f"{used:.2f} GPU-hours are used, the budget of {limit:g} (budget.gpu_hours); "
         "raise it in the profile and submit again"
     )
 
 
 def gpu_hours(chain: Chain) -> float:
-    """GPU-hours of a run's jobs, as they noted when they ended."""
-    ended = (entry for entry in chain.run.read_jobs() if entry.get("event") == "ended")
-    return sum(float(entry["seconds"]) * entry["gpus"] for entry in ended) / 3600
+    """GPU-hours of a run's jobs, those that were killed included.
+
+    What sacct told the gate's bash stands in a file, where there is a budget and sacct.
+    """
+    path = chain.run.path / "slurm" / "accounts"
+    told = read_accounts(path.read_text(encoding="utf-8")) if path.exists() else None
+    return totals(spent(chain.run.read_jobs(), told, time.time()))["gpu"]
 
 
 def _log(chain: Chain, entry: dict[str, Any]) -> Path:

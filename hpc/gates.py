@@ -6,6 +6,7 @@ they are now, and everything it made is still there. Whatever is not fresh is ma
 
 from __future__ import annotations
 
+import random
 import time
 import uuid
 from collections import Counter
@@ -34,6 +35,7 @@ STOP = 77
 
 # Network file systems remember for some seconds that a name was absent.
 _SECOND_LOOK = 1.0
+_TRIES = 10
 
 
 def fresh(chain: Chain, name: str) -> bool:
@@ -81,8 +83,20 @@ def prepare(chain: Chain, name: str) -> None:
     """Makes a stage's folder ready for its first job, keeping unfinished work that fits.
 
     Work that belongs to another configuration or to other inputs is removed;
-    `refuse_changes` comes before. All parents must be complete.
+    `refuse_changes` comes before. All parents must be complete. The gates of two parents may
+    prepare one stage at once: whoever finds a folder taken away by the other begins anew.
     """
+    for left in reversed(range(_TRIES)):
+        try:
+            _prepare(chain, name)
+            return
+        except (FileNotFoundError, UserError) as error:
+            if not left or not isinstance(error.__cause__ or error, FileNotFoundError):
+                raise
+            time.sleep(random.uniform(0.05, 0.2))
+
+
+def _prepare(chain: Chain, name: str) -> None:
     stage, run = chain.stages[name], chain.run
     identity, parents = chain.identity(name), chain.made(name)
     begun = read_json(run.started(name)) or {}

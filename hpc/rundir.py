@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
@@ -167,13 +167,14 @@ class RunDir:
             os.close(descriptor)
 
     def read_jobs(self) -> list[dict[str, Any]]:
-        """The lines of ``jobs.jsonl``; a line cut by a crash is left out."""
+        """The lines of ``jobs.jsonl``; one cut by a crash or a full disk is left out."""
         if not self.jobs.exists():
             return []
         entries = []
         for line in self.jobs.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entries.append(json.loads(line))
+                # What was cut has no end: the next line stands behind it.
+                entries.append(json.loads(line[max(line.rfind('{"time"'), 0) :]))
             except ValueError:
                 continue
         return [entry for entry in entries if isinstance(entry, dict)]
@@ -200,7 +201,7 @@ class RunDir:
             else:
                 path.unlink(missing_ok=True)
         folder = self.stage_dir(stage)
-        if folder.exists():
+        with suppress(FileNotFoundError):  # never there, or another has just removed it
             folder.rename(folder.with_name(f".removed-{uuid.uuid4().hex}"))
         for left in folder.parent.glob(".removed-*"):
             shutil.rmtree(left, ignore_errors=True)

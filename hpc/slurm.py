@@ -22,7 +22,15 @@ _AWAY = re.compile(
     r"|configuration source"
 )
 _QUEUE = "%F|%K|%j|%T|%N|%M|%r"
-_ACCOUNTS = ("JobID", "JobName", "State", "ElapsedRaw", "AllocTRES", "NodeList")
+_ACCOUNTS = ("JobID", "JobName", "State", "Start", "ElapsedRaw", "AllocTRES")
+ACCOUNTS = (
+    "--noheader",
+    "--parsable2",
+    "--allocations",
+    "--duplicates",
+    f"--format={','.join(_ACCOUNTS)}",
+)
+"""What sacct is asked for."""
 _FIRST_PAUSE = 15.0  # longer than a controller keeps a request whose sender gave up
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 
@@ -172,17 +180,21 @@ class Spent:
     """What one attempt of a job, or of an array's element, has used.
 
     Attributes:
+        job: The id, as ``17`` or ``17_3``.
         name: The job's name.
-        state: How it ended, or stands.
+        state: How it ended, or stands; empty where nobody knows.
+        start: When it began; sorts the starts of one job.
         seconds: Wall-clock.
         nodes: How many nodes.
         cores: How many cores.
         gpus: How many GPUs.
     """
 
+    job: str
     name: str
     state: str
-    seconds: int
+    start: str
+    seconds: float
     nodes: int
     cores: int
     gpus: int
@@ -196,11 +208,14 @@ def accounts(jobs: Sequence[str]) -> list[Spent] | None:
     """
     if not jobs:
         return []
-    words = ("--noheader", "--parsable2", "--allocations", "--duplicates")
     try:
-        said = call("sacct", *words, f"--format={','.join(_ACCOUNTS)}", f"--jobs={','.join(jobs)}")
+        return read_accounts(call("sacct", *ACCOUNTS, f"--jobs={','.join(jobs)}"))
     except (SlurmError, UserError):
         return None
+
+
+def read_accounts(said: str) -> list[Spent]:
+    """What sacct printed for `ACCOUNTS`."""
     found = []
     for line in said.splitlines():
         values = line.split("|")
@@ -217,7 +232,16 @@ def _spent(line: Mapping[str, str]) -> Spent:
 
     seconds = int(line["ElapsedRaw"] or 0)
     state = line["State"].partition(" ")[0]
-    return Spent(line["JobName"], state, seconds, number("node"), number("cpu"), number("gres/gpu"))
+    return Spent(
+        line["JobID"],
+        line["JobName"],
+        state,
+        line["Start"],
+        seconds,
+        number("node"),
+        number("cpu"),
+        number("gres/gpu"),
+    )
 
 
 def config(patience: float = 600.0) -> dict[str, str]:

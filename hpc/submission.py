@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc import gates, slurm
+from hpc.accounting import spent, totals
 from hpc.admission import admit
 from hpc.cluster import Profile, read_profile
 from hpc.config import dump
@@ -336,21 +337,10 @@ def job_counts(run: RunDir) -> dict[str, JobCounts]:
 
 
 def hours(run: RunDir) -> dict[str, float]:
-    """Node-, core- and GPU-hours so far, attempts before a requeue included.
+    """Node-, core- and GPU-hours so far, killed jobs and those before a requeue included.
 
-    One call of sacct; where the cluster keeps no accounts, what the jobs noted at their end.
+    One call of sacct, beside what the jobs noted.
     """
     entries = run.read_jobs()
     jobs = [entry["job"] for entry in entries if entry.get("event") == "submitted"]
-    spent = slurm.accounts(jobs)
-    if spent:
-        return {
-            "node": sum(item.seconds * item.nodes for item in spent) / 3600,
-            "core": sum(item.seconds * item.cores for item in spent) / 3600,
-            "gpu": sum(item.seconds * item.gpus for item in spent) / 3600,
-        }
-    ended = [entry for entry in entries if entry.get("event") == "ended"]
-    return {
-        key: sum(entry["seconds"] * entry.get(of, 0) for entry in ended) / 3600
-        for key, of in (("node", "nodes"), ("core", "cores"), ("gpu", "gpus"))
-    }
+    return totals(spent(entries, slurm.accounts(jobs), time.time()))

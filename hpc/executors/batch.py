@@ -17,6 +17,7 @@ from typing import Any
 
 import submitit
 
+from hpc import slurm
 from hpc.cluster import Profile, Resources
 from hpc.errors import UserError
 from hpc.executors.base import Job
@@ -177,6 +178,7 @@ def _setup(
         "nodes": str(job.nodes),
         "cores": str(job.nodes * job.tasks * resources.cores),
         "gpus": str(job.nodes * resources.gpus),
+        "minutes": str(resources.minutes),
         "payload": "",
     }
     before = [f"export {name}={shlex.quote(value)}" for name, value in _variables(job, profile)]
@@ -207,6 +209,8 @@ def _setup(
     if job.role == "work":
         return lines
     lines.append(f"exported=({' '.join(profile.export)}) notify={shlex.quote(profile.notify)}")
+    asked = shlex.join(slurm.ACCOUNTS) if profile.budget.gpu_hours else ""
+    lines.append(f"accounts=({asked})")
     if retry is not None:
         lines += [
             f"next_work={named(retry.work)} next_gate={named(retry.gate)}",
@@ -241,7 +245,7 @@ def _command(job: Job, unnamed: RunDir | None = None) -> str:
         return (
             f"run srun --export=ALL --kill-on-bad-exit=1 bash -c {shlex.quote(_RANK)} rank {words}"
         )
-    return f"run {words}"
+    return f"{'run' if job.role == 'work' else 'persist'} {words}"
 
 
 @cache

@@ -36,6 +36,7 @@ patience=600
 nodes=1
 cores=1
 gpus=0
+minutes=10
 payload=''
 set -u  # only from here on: modules and environments seldom bear it
 asked= status=1
@@ -53,12 +54,15 @@ run() {
   while [ -n "$heard" ]; do heard=; wait "$payload"; status=$?; done 2>/dev/null
 }
 
-# Tells the run how this job ended; what it stored stands in the run directory already.
-ended() {
-  printf '{"time": %s, "event": "ended", "name": "%s", "job": "%s", "stage": "%s", "attempt": %d, "role": "%s", "node": "%s", "restart": %d, "seconds": %d, "nodes": %d, "cores": %d, "gpus": %d, "status": %d, "asked": "%s"}\n' \
-    "$(date +%s)" "$name" "$me" "$stage" "$attempt" "$role" "${SLURMD_NODENAME:-$(hostname)}" \
-    "${SLURM_RESTART_COUNT:-0}" "$SECONDS" "$nodes" "$cores" "$gpus" "$status" "$asked" >>"$run/jobs.jsonl"
+# EVENT MORE: tells the run that this job began, which counts if it is killed, or how it ended;
+# what it stored stands in the run directory already.
+note() {
+  printf '{"time": %s, "event": "%s", "name": "%s", "job": "%s", "stage": "%s", "attempt": %d, "role": "%s", "node": "%s", "restart": %d, "nodes": %d, "cores": %d, "gpus": %d, %s}\n' \
+    "$(date +%s)" "$1" "$name" "$me" "$stage" "$attempt" "$role" "${SLURMD_NODENAME:-$(hostname)}" \
+    "${SLURM_RESTART_COUNT:-0}" "$nodes" "$cores" "$gpus" "$2" >>"$run/jobs.jsonl"
 }
+ended() { note ended "\"seconds\": $SECONDS, \"status\": $status, \"asked\": \"$asked\""; }
+note began "\"minutes\": $minutes"
 
 # Whether the run was cancelled or stopped.
 halted() { [ -e "$run/CANCELLED" ] || [ -e "$run/STOPPED" ]; }
@@ -85,6 +89,7 @@ again() {
   sleep 60  # Slurm ends this script when it puts the job back.
 }
 exported=(HOME USER LOGNAME SHELL LANG PATH PYTHONPATH VIRTUAL_ENV HF_HOME) notify=''
+accounts=()
 next_work=$prefix-r2-dpo-a1 next_gate=$prefix-r2-dpo.gate-a1
 dependents=("eval-iterative-dpo questions-test r2-dpo sft-summary" "results questions-train r0-generate r0-judge r0-score questions-test eval-base eval-base-reasoning set-direct sft-direct eval-direct-sft set-multi-turn sft-multi-turn eval-multi-turn set-summary sft-summary eval-summary-only set-reasoning sft-reasoning eval-multi-agent r1-generate r1-judge r1-score r1-pairs r1-reference r1-dpo r2-generate r2-judge r2-score r2-pairs r2-reference r2-dpo dpo-pairs dpo-reference dpo-train eval-dpo eval-iterative-dpo eval-judge-card")
 # NAME: the id under which a job (a basic regular expression) was last recorded.
@@ -184,8 +189,30 @@ stop() {
   exit 77
 }
 
+# COMMAND…: runs the payload, and again if it dies: a hiccup of one node must not end the chain.
+persist() {
+  local try
+  for try in 1 2 3; do
+    run "$@"
+    case $status in 0|75|76|77|138|143) return ;; esac
+    [ -z "$asked" ] && [ "$try" -lt 3 ] || return
+    echo "control: $role ended with status $status; trying again"
+    sleep 5 &
+    wait $!
+    [ -z "$asked" ] || return
+  done
+}
+
+# Where there is a budget: what jobs have used that were killed and could not note their end.
+if [ ${#accounts[@]} -gt 0 ]; then
+  all=$(sed -n 's/.*"event": "submitted".*"job": "\([0-9]*\)".*/\1/p' "$run/jobs.jsonl" | sort -u)
+  if sacct "${accounts[@]}" "--jobs=${all//$'\n'/,}" >"$run/slurm/accounts.$SLURM_JOB_ID" 2>/dev/null
+  then mv "$run/slurm/accounts.$SLURM_JOB_ID" "$run/slurm/accounts"
+  else rm -f "$run/slurm/accounts.$SLURM_JOB_ID"; fi
+fi
+
 # command
-run insightv gate "$run" r2-dpo 0 0
+persist insightv gate "$run" r2-dpo 0 0
 
 
 # teardown

@@ -36,6 +36,7 @@ patience=600
 nodes=1
 cores=1
 gpus=0
+minutes=30
 payload=''
 set -u  # only from here on: modules and environments seldom bear it
 asked= status=1
@@ -53,12 +54,15 @@ run() {
   while [ -n "$heard" ]; do heard=; wait "$payload"; status=$?; done 2>/dev/null
 }
 
-# Tells the run how this job ended; what it stored stands in the run directory already.
-ended() {
-  printf '{"time": %s, "event": "ended", "name": "%s", "job": "%s", "stage": "%s", "attempt": %d, "role": "%s", "node": "%s", "restart": %d, "seconds": %d, "nodes": %d, "cores": %d, "gpus": %d, "status": %d, "asked": "%s"}\n' \
-    "$(date +%s)" "$name" "$me" "$stage" "$attempt" "$role" "${SLURMD_NODENAME:-$(hostname)}" \
-    "${SLURM_RESTART_COUNT:-0}" "$SECONDS" "$nodes" "$cores" "$gpus" "$status" "$asked" >>"$run/jobs.jsonl"
+# EVENT MORE: tells the run that this job began, which counts if it is killed, or how it ended;
+# what it stored stands in the run directory already.
+note() {
+  printf '{"time": %s, "event": "%s", "name": "%s", "job": "%s", "stage": "%s", "attempt": %d, "role": "%s", "node": "%s", "restart": %d, "nodes": %d, "cores": %d, "gpus": %d, %s}\n' \
+    "$(date +%s)" "$1" "$name" "$me" "$stage" "$attempt" "$role" "${SLURMD_NODENAME:-$(hostname)}" \
+    "${SLURM_RESTART_COUNT:-0}" "$nodes" "$cores" "$gpus" "$2" >>"$run/jobs.jsonl"
 }
+ended() { note ended "\"seconds\": $SECONDS, \"status\": $status, \"asked\": \"$asked\""; }
+note began "\"minutes\": $minutes"
 
 # Whether the run was cancelled or stopped.
 halted() { [ -e "$run/CANCELLED" ] || [ -e "$run/STOPPED" ]; }

@@ -44,9 +44,11 @@ def profile(**settings: Any) -> Profile:
 class Run:
     """A run of the chain on a cluster, driven from outside as its user would."""
 
-    def __init__(self, cluster: Testbed, asked: Profile | None = None) -> None:
+    def __init__(
+        self, cluster: Testbed, asked: Profile | None = None, folder: Path | None = None
+    ) -> None:
         self.cluster = cluster
-        self.folder = cluster.folder("run")
+        self.folder = folder or cluster.folder("run")
         self.path = self.folder / "run"
         self.dir = RunDir(self.path)
         self.profile = self.folder / "profile.yaml"
@@ -71,6 +73,11 @@ class Run:
     def cancel(self) -> None:
         self.cluster.run(*self.command("cancel"), timeout=PATIENCE)
 
+    def halted(self) -> str:
+        """Waits until the chain has stopped and nothing of it is queued; says why it stopped."""
+        wait_for(lambda: self.dir.marked(STOPPED) is not None and not self.queue(), say=self.say)
+        return self.dir.marked(STOPPED) or ""
+
     def queue(self, *options: str) -> list[list[str]]:
         """Id, state, reason and name of the run's jobs."""
         said = self.cluster.run("squeue", "-r", "-h", "-o", "%i|%T|%r|%j", *options).stdout
@@ -90,6 +97,29 @@ class Run:
             for entry in self.dir.read_jobs()
             if entry.get("event") == "ended" and (entry["stage"], entry["role"]) == (stage, role)
         ]
+
+    def nodes(self, stage: str, role: str = "work") -> list[str]:
+        """The nodes where the newest job of a stage runs now."""
+        job = self.job(role, stage)
+        said = self.cluster.run("squeue", "-h", "-t", "R", "-j", job, "-o", "%N").stdout
+        return sorted(set(said.split()))
+
+    def interpose(self, tool: str, pattern: str) -> tuple[dict[str, str], Path]:
+        """Puts a wrapper before one of Slurm's commands that sleeps once, when it is called so.
+
+        Returns:
+            The environment to submit in, and a file that is there once the wrapper sleeps.
+        """
+        folder = self.folder / "bin"
+        folder.mkdir()
+        folder.chmod(0o777)
+        wrapper, asleep = folder / tool, folder / "asleep"
+        wrapper.write_text(
+            f'#!/bin/bash\ncase "$*" in {pattern}) [ -e {asleep} ] || '
+            f'{{ touch {asleep}; sleep 60; }} ;; esac\nexec /usr/bin/{tool} "$@"\n'
+        )
+        wrapper.chmod(0o755)
+        return {"PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin"}, asleep
 
     def payloads(self, stage: str, verb: str = "work") -> list[psutil.Process]:
         """The processes at work for a stage, on any node."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chains import Run, profile, wait_for  # noqa: E402
 
 from hpc.cluster import Resources  # noqa: E402
-from hpc.rundir import STOPPED  # noqa: E402
 
 SMALL = ("small=true", "n=24", "per_shard=4")
-SLOW = (*SMALL, "pause=2.0")  # a shard takes about four seconds
+SLOW = (*SMALL, "pause=2.0", "only=double")  # a shard of double takes about four seconds
 
 
 def test_a_chain_from_one_command(cluster: Testbed) -> None:
@@ -57,156 +56,200 @@ def test_a_job_of_several_nodes(cluster: Testbed) -> None:
     assert told[0]["MASTER_ADDR"].startswith("node")
 
 
-def test_a_killed_worker(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SLOW)
-    run.working("double", 2)[0].kill()
-    run.check()
-    assert 137 in {entry["status"] for entry in run.ended("double")}
+def test_workers_killed_cancelled_and_paused(cluster: Testbed) -> None:
+    killed, cancelled, paused = (Run(cluster) for _ in range(3))
+    for run in (killed, cancelled, paused):
+        run.submit(*SLOW)
+    killed.working("double", 2)[0].kill()
+    cancelled.working("double", 2)
+    cluster.run("scancel", f"{cancelled.job('work', 'double')}_0")
+    owner = paused.working("double", 2)[0]
+    owned = leases(paused, owner.pid)
+    owner.send_signal(signal.SIGSTOP)
+    try:
+        wait_for(lambda: taken(paused, owned), say=paused.say)
+    finally:
+        owner.send_signal(signal.SIGCONT)
+    for run in (killed, cancelled, paused):
+        run.check()
+    assert 137 in {entry["status"] for entry in killed.ended("double")}
+    assert 143 in {entry["status"] for entry in cancelled.ended("double")}
 
 
-def test_a_crashed_node(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SLOW)
-    run.working("double")
-    node = cluster.run("squeue", "-h", "-t", "R", "-o", "%N").stdout.split()[0]
-    cluster.crash(node)
-    time.sleep(15)
-    cluster.restore(node)
-    run.check()
-
-
-def test_preemption_of_all_workers(cluster: Testbed) -> None:
-    run = Run(cluster, profile(partition="low"))
+def test_nodes_die_and_one_returns(cluster: Testbed) -> None:
+    whole = Resources(memory="400M", minutes=20, workers=2, cores=cluster.settings.cpus)
+    run = Run(cluster, profile(stages={"double": whole}))
     run.submit(*SLOW)
     run.working("double", 2)
-    words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 5")
-    cluster.run(*words, "--output=/dev/null")
-    wait_for(lambda: any(e["asked"] == "leave" for e in run.ended("double")))
+    returns, stays = run.nodes("double")
+    cluster.crash(returns)
+    cluster.crash(stays)
+    time.sleep(15)
+    cluster.restore(returns)
     run.check()
 
 
-def test_the_time_limit_of_workers(cluster: Testbed) -> None:
+def test_preemption_of_all_workers_and_a_cancel_meanwhile(cluster: Testbed) -> None:
+    kept, cancelled = (Run(cluster, profile(partition="low")) for _ in range(2))
+    for run in (kept, cancelled):
+        run.submit(*SLOW)
+    for run in (kept, cancelled):
+        run.working("double", 2)
+    words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 10")
+    cluster.run(*words, "--output=/dev/null")
+    for run in (kept, cancelled):
+        wait_for(lambda run=run: any(e["asked"] == "leave" for e in run.ended("double")))
+    cancelled.cancel()
+    assert not cancelled.queue()
+    kept.check()
+    # The other job is over, the credentials have expired: nothing has come back.
+    assert not cancelled.queue() and not cancelled.payloads("double")
+    assert cancelled.status()["state"] == "cancelled"
+    cancelled.submit()
+    cancelled.check()
+
+
+def test_told_that_the_time_limit_is_near(cluster: Testbed) -> None:
+    """The signal that Slurm sends before the limit, sent by hand: nobody waits for minutes.
+
+    On a cluster where jobs are only queued again if they asked for it.
+    """
+    with cluster.variant("no-requeue"):
+        run = Run(cluster)
+        run.submit(*SLOW, "steps=12")
+        wait_for(lambda: (run.path / "steps").exists(), say=run.say)
+        warn(cluster, run.job("work", "numbers"))
+        run.working("double", 2)
+        warn(cluster, run.job("work", "double"))
+        run.check()
+    for stage in ("numbers", "double"):
+        assert {75, 138} & {entry["status"] for entry in run.ended(stage)}, stage
+        assert max(entry["restart"] for entry in run.ended(stage)) == 1
+    # Each step of the job was made once: it went on where it had stopped.
+    assert (run.path / "steps").read_text().split() == [str(step) for step in range(12)]
+    assert [entry["attempt"] for entry in run.submitted()] == [0] * 7
+
+
+def warn(cluster: Testbed, job: str) -> None:
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+
+
+@pytest.mark.full  # limits are whole minutes
+@pytest.mark.timeout(1800)
+def test_the_time_limit(cluster: Testbed) -> None:
     asked = profile()
     asked.cpu.minutes, asked.cpu.grace = 2, 30
     run = Run(cluster, asked)
-    run.submit("small=true", "n=8", "per_shard=2", "pause=40.0")
+    run.submit("small=true", "n=8", "per_shard=2", "pause=40.0", "steps=130")
+    run.wait(1500)
     run.check()
-    assert any(e["status"] in (75, 138) for e in run.ended("double"))
-    assert max(e["restart"] for e in run.ended("double")) >= 1
+    for stage in ("numbers", "double"):
+        assert {75, 138} & {entry["status"] for entry in run.ended(stage)}, stage
+        assert max(entry["restart"] for entry in run.ended(stage)) >= 1
+    assert (run.path / "steps").read_text().split() == [str(step) for step in range(130)]
 
 
-def test_single_elements_are_cancelled(cluster: Testbed) -> None:
+def test_a_job_that_hangs(cluster: Testbed) -> None:
+    run = Run(cluster, profile(stall=8.0))
+    run.submit(*SMALL, "fault=numbers:hang")
+    run.check()
+    first = run.ended("numbers")[0]
+    assert (first["status"], first["restart"]) == (75, 0) and first["seconds"] < 120
+    log = (run.dir.logs("numbers") / "a0-0.log").read_text()
+    assert "no progress for" in log and "misbehave" in log  # the stack
+
+
+def test_the_controller_dies(cluster: Testbed) -> None:
+    """During the submission, and once more while a stage is at work."""
     run = Run(cluster)
-    run.submit(*SLOW)
-    run.working("double", 2)
-    cluster.run("scancel", f"{run.job('work', 'double')}_0")
-    run.check()
-
-
-def test_cancel_during_preemption(cluster: Testbed) -> None:
-    run = Run(cluster, profile(partition="low"))
-    run.submit(*SLOW)
-    run.working("double", 2)
-    words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 20")
-    cluster.run(*words, "--output=/dev/null")
-    wait_for(lambda: any(e["asked"] == "leave" for e in run.ended("double")))
-    run.cancel()
-    assert not run.queue()
-    time.sleep(30)  # the other job is over, the credentials have expired
-    assert not run.queue() and not run.payloads("double")
-    assert run.status()["state"] == "cancelled"
-    run.submit()
-    run.check()
-
-
-def test_the_controller_dies_during_submission(cluster: Testbed) -> None:
-    run = Run(cluster)
-    process = cluster.popen(*run.command("submit", run.profile, *SLOW))
+    process = cluster.popen(*run.command("submit", run.profile, *SMALL, "pause=3.0", "only=double"))
     wait_for(lambda: len(run.submitted()) >= 3, pause=0.05)
     cluster.kill_controller()
     time.sleep(3)
     cluster.start_controller()
     assert process.wait(timeout=600) == 0
+    run.working("double", 2)
+    time.sleep(6)  # a controller may forget what it learned within its last five seconds
+    cluster.kill_controller()
+    time.sleep(15)  # workers end meanwhile, and cannot tell
+    cluster.start_controller()
     run.check()
     assert_nothing_twice(run)
 
 
-def test_a_gate_killed_between_its_two_submissions(cluster: Testbed) -> None:
-    run = Run(cluster)
-    # The second job that the gate of `double` submits finds the gate's node dead.
-    folder = run.folder / "bin"
-    folder.mkdir()
-    wrapper = folder / "sbatch"
-    wrapper.write_text(
-        "#!/bin/bash\n"
-        f'case "$*" in *double.gate-a1*) [ -e {folder}/once ] || '
-        f"{{ touch {folder}/once {folder}/now; sleep 60; }} ;; esac\n"
-        'exec /usr/bin/sbatch "$@"\n'
-    )
-    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-    folder.chmod(0o777)
-    path = f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    run.submit(*SLOW, "workers=1", env={"PATH": path})
-    run.working("double")[0].kill()
-    wait_for(lambda: (folder / "now").exists())
-    gate = run.job("gate", "double")
-    node = cluster.run("squeue", "-h", "-j", gate, "-o", "%N").stdout.strip()
-    cluster.crash(node)
+def test_gates_are_killed(cluster: Testbed) -> None:
+    """With their node: between the two submissions, and before the dependencies are rewritten."""
+    between, before = runs = [Run(cluster) for _ in range(2)]
+    asleep = []
+    for run, tool, pattern in (
+        (between, "sbatch", "*double.gate-a1*"),
+        (before, "scontrol", "*Dependency=*"),
+    ):
+        environment, sleeps = run.interpose(tool, pattern)
+        asleep.append(sleeps)
+        run.submit(*SLOW, "workers=1", env=environment)
+    for run in runs:
+        run.working("double")[0].kill()
+    wait_for(lambda: all(path.exists() for path in asleep), say=between.say)
+    nodes = {run.nodes("double", "gate")[0] for run in runs}
+    for node in nodes:
+        cluster.crash(node)
     time.sleep(12)
-    cluster.restore(node)
-    run.check()
-    assert_nothing_twice(run)
+    for node in nodes:
+        cluster.restore(node)
+    for run in runs:
+        run.check()
+        assert_nothing_twice(run)
 
 
-def test_a_payload_that_cannot_start(cluster: Testbed) -> None:
+def test_chains_that_stop_and_go_on(cluster: Testbed) -> None:
     asked = profile()
     asked.gate.retries = 1
-    run = Run(cluster, asked)
-    run.submit(*SMALL, "fault=double:exit")
-    wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
-    reason = run.dir.marked(STOPPED) or ""
+    payload, gate, twice = runs = [Run(cluster, asked) for _ in range(3)]
+    told = payload.folder / "told"
+    asked.notify = f'printf "%s\\n" "$1" >>{told}'
+    payload.write(asked)
+    for run, fault in zip(runs, ("double:exit", "gate:exit", "numbers:user"), strict=True):
+        run.submit(*SMALL, f"fault={fault}")
+    reason = payload.halted()
     assert "double" in reason and "exit status 7" in reason and "2 attempts" in reason
-    run.submit("fault=none")
-    run.check()
+    assert told.read_text() == f"{payload.path}: stopped: {reason}\n"
+    assert "gate ended with status 1" in gate.halted()
+    log = next((gate.path / "slurm" / "logs").glob("*numbers.gate-a0.log")).read_text()
+    assert log.count("trying again") == 2
+    assert "/nowhere is not a model folder" in twice.halted()
 
-
-def test_a_gate_that_cannot_start(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SMALL, "fault=gate:exit")
-    wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
-    assert "gate ended with status 1" in (run.dir.marked(STOPPED) or "")
-    run.submit("fault=none")
-    run.check()
-
-
-def test_two_submissions_at_once(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SMALL, "fault=numbers:user", check=False)  # makes the folder
-    wait_for(lambda: run.dir.marked(STOPPED) is not None and not run.queue(), say=run.say)
-    both = [cluster.popen(*run.command("submit", run.profile, "fault=none")) for _ in range(2)]
+    command = twice.command("submit", twice.profile, "fault=none")
+    both = [cluster.popen(*command, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert sorted(process.wait(timeout=600) for process in both) in ([0, 0], [0, 2])
-    run.check()
-    assert_nothing_twice(run)
+    for run in (payload, gate):
+        run.submit("fault=none")
+    for run in runs:
+        run.check()
+        assert_nothing_twice(run)
+    assert told.read_text().splitlines()[1:] == [f"{payload.path}: complete"]
+
+    refused = twice.submit("factor=5", check=False)
+    assert refused.returncode == 2 and "factor: 2 → 5" in refused.stderr
+    assert not twice.queue()
 
 
-def test_a_changed_configuration_is_refused(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SMALL)
-    run.check()
-    done = run.submit("factor=5", check=False)
-    assert done.returncode == 2 and "factor: 2 → 5" in done.stderr
-    assert not run.queue()
+def leases(run: Run, pid: int) -> set[str]:
+    """The leases that a process of this machine holds: files it has open."""
+    folder = run.dir.leases("double")
+    names: set[str] = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        target = link.readlink()
+        if target.parent == folder:
+            names.add(target.name)
+    assert names
+    return names
 
 
-def test_a_paused_owner_comes_back(cluster: Testbed) -> None:
-    run = Run(cluster)
-    run.submit(*SLOW)
-    paused = run.working("double", 2)[0]
-    paused.send_signal(signal.SIGSTOP)
-    time.sleep(20)
-    paused.send_signal(signal.SIGCONT)
-    run.check()
+def taken(run: Run, owned: set[str]) -> bool:
+    """Whether every shard of these leases is complete or in other hands."""
+    folder = run.dir.leases("double")
+    return not any((folder / name).exists() for name in owned)
 
 
 def assert_nothing_twice(run: Run) -> None:

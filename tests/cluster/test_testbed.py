@@ -91,6 +91,7 @@ def test_up_again_changes_nothing(cluster):
     assert [alive(other.layout, name) for name in names] == before
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_a_job_of_high_requeues_one_of_low(cluster):
     folder = cluster.folder("preempted")
     log = folder / "log"
@@ -113,6 +114,7 @@ def test_short_takes_no_job_beyond_its_limit(cluster):
     wait_for(cluster, job, "COMPLETED")
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_a_crashed_node_loses_its_job_to_another_and_returns(cluster):
     job = submit(cluster, LONG, "--requeue", "--nodelist=node2")
     assert wait_until(lambda: sleepers(cluster), 90)
@@ -139,6 +141,7 @@ def node_state(cluster: Testbed, node: str) -> str:
     return cluster.run("sinfo", "-h", "-n", node, "-p", "batch", "-o", "%T").stdout.strip()
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_a_frozen_node_is_taken_for_dead_and_wakes_up(cluster):
     folder = cluster.folder("frozen")
     count = (
@@ -156,6 +159,7 @@ def test_a_frozen_node_is_taken_for_dead_and_wakes_up(cluster):
     wait_for(cluster, job, "RUNNING")
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_an_element_is_requeued_by_its_own_name(cluster):
     array = submit(cluster, LONG, "--array=0-3", "--requeue")
     assert wait_until(lambda: len(sleepers(cluster)) == 4, 60)
@@ -169,6 +173,7 @@ def restarts(cluster: Testbed, array: str) -> dict[int, int]:
     return {int(task): int(count) for task, count in found}
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_the_controller_comes_back_and_knows_its_jobs(cluster):
     job = submit(cluster, "sleep 12")
     wait_for(cluster, job, "RUNNING")
@@ -209,6 +214,7 @@ def test_the_small_file_system_is_full_for_every_node(cluster):
     assert cluster.run("srun", "-w", "node2", "sh", "-c", say).stdout == ""
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_a_quality_of_service_with_a_job_limit(cluster):
     jobs = [submit(cluster, LONG, "--qos=few") for _ in range(3)]
     assert wait_until(lambda: shown(cluster, jobs[2], "Reason") == "QOSMaxJobsPerUserLimit", 60)
@@ -218,6 +224,7 @@ def test_a_quality_of_service_with_a_job_limit(cluster):
             submit(cluster, LONG, "--qos=few")
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_without_accounting_jobs_run_but_sacct_is_blind(cluster):
     with cluster.variant("no-accounting"):
         job = submit(cluster, "true")
@@ -229,6 +236,7 @@ def test_without_accounting_jobs_run_but_sacct_is_blind(cluster):
     assert accounted(cluster, job, "COMPLETED")["User"] == USER
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_where_requeue_is_off_a_job_must_ask_for_it(cluster):
     with cluster.variant("no-requeue"):
         plain, asking = submit(cluster, LONG), submit(cluster, LONG, "--requeue")
@@ -241,6 +249,7 @@ def test_where_requeue_is_off_a_job_must_ask_for_it(cluster):
         assert wait_until(lambda: shown(cluster, asking, "Restarts") == "1", 60)
 
 
+@pytest.mark.full  # what a chain makes of it stands beside this
 def test_a_site_filter_refuses_in_its_own_words(cluster):
     with cluster.variant("filter"):
         untimed = cluster.run("sbatch", "--wrap=true", check=False)

@@ -39,11 +39,13 @@ class Counting:
     factor: int = 2
     offset: int = 0
     fail_every: int = 0  # every such number fails
-    fault: str = configs.unhashed("")  # stage:kind, kind one of user, crash, exit, requeue
+    fault: str = configs.unhashed("")  # stage:kind, one of user, crash, exit, requeue, hang
     ranks: bool = configs.unhashed(False)  # numbers is made by several ranks
     small: bool = configs.unhashed(False)  # only numbers, double and, after that, triple
     error_limit: float = configs.unhashed(0.0)
     pause: float = configs.unhashed(0.0)  # seconds a number takes
+    only: str = configs.unhashed("")  # the one map stage in which it does; empty: each
+    steps: int = configs.unhashed(0)  # seconds that numbers is counted beforehand, saved each
     workers: int = configs.unhashed(2)
     slots: int = configs.unhashed(2)
     retries: int = configs.unhashed(3)
@@ -52,15 +54,16 @@ class Counting:
 
 @dataclass
 class Times:
-    """Multiplies each number; notes each finished one beside the run."""
+    """Multiplies each number."""
 
     factor: int
     settings: Counting
     context: Context
+    pause: float = 0.0
     concurrency: int = 2
 
     async def __call__(self, key: str, inputs: Mapping[str, list[Row]]) -> list[Row]:
-        await asyncio.sleep(self.settings.pause)
+        await asyncio.sleep(self.pause)
         (row,) = inputs["numbers"]
         if self.settings.fail_every and row["value"] % self.settings.fail_every == 0:
             raise RecordError(f"{row['value'] % 2 and 'odd' or 'even'} numbers are not liked")
@@ -71,13 +74,15 @@ class Times:
 
 
 def make_chain(run: Path, settings: Counting) -> Chain:
-    def numbers(context: Context) -> Counts:
+    def numbers(context: Context) -> Counts | None:
         misbehave(settings, "numbers", context)
         if settings.ranks:
             told = {name: os.environ[name] for name in RENDEZVOUS}
             (context.run / f"rank{told['RANK']}.json").write_text(json.dumps(told))
             if told["RANK"] != "0":
                 return {}
+        if not count(settings, context):
+            return None
         groups = [(f"n:{i}", [{"key": f"n:{i}", "value": i}]) for i in range(settings.n)]
         shards = write_groups(context.directory / "shards", iter(groups), settings.per_shard)
         return {"shards": shards}
@@ -85,7 +90,8 @@ def make_chain(run: Path, settings: Counting) -> Chain:
     def load(name: str, factor: int) -> object:
         def load_it(context: Context) -> Times:
             misbehave(settings, name, context)
-            return Times(factor, settings, context)
+            pause = settings.pause if settings.only in ("", name) else 0.0
+            return Times(factor, settings, context, pause)
 
         return load_it
 
@@ -144,6 +150,26 @@ def misbehave(settings: Counting, name: str, context: Context) -> None:
         if not marker.exists():
             marker.touch()
             os._exit(75)
+    if kind == "hang":
+        marker = context.run / "hung"
+        if not marker.exists():
+            marker.touch()
+            time.sleep(3600)
+
+
+def count(settings: Counting, context: Context) -> bool:
+    """A job that saves and goes on: a second a step; False when it was asked to leave."""
+    saved = context.directory / "step"
+    done = int(saved.read_text()) if saved.exists() else 0
+    for step in range(done, settings.steps):
+        if context.stopping():
+            return False
+        time.sleep(1.0)
+        write_atomic(saved, str(step + 1))
+        with (context.run / "steps").open("a") as file:
+            file.write(f"{step}\n")
+        context.progress(step + 1, settings.steps)
+    return True
 
 
 def open_chain(run: Path, overrides: Sequence[str] = ()) -> Chain:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,22 @@ def test_interrupted_work_is_kept(tmp_path: Path) -> None:
 def test_a_map_needs_its_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="source is not complete"):
         gates.check(make_chain(tmp_path), "copy")
+
+
+def test_gates_prepare_one_stage_at_once(tmp_path: Path) -> None:
+    """Two parents' gates do; the folder is there for both, and what is stale is gone."""
+    chain = make_chain(tmp_path / "run")
+    for _ in range(10):
+        do_source(chain)
+        assert gates.check(chain, "source") == gates.DONE
+        gates.make_folder(chain.run.logs("copy"))  # as a submission does
+        stale = chain.run.stage_dir("copy") / "stale"
+        stale.touch()
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(gates.prepare, chain, "copy") for _ in range(4)]:
+                done.result()
+        run = chain.run
+        for folder in (run.shards("copy"), run.leases("copy"), run.logs("copy")):
+            assert folder.is_dir()
+        assert json.loads(run.started("copy").read_text())["parents"] == chain.made("copy")
+        assert not stale.exists()

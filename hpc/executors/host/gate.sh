@@ -95,3 +95,25 @@ stop() {
   ended
   exit 77
 }
+
+# COMMAND…: runs the payload, and again if it dies: a hiccup of one node must not end the chain.
+persist() {
+  local try
+  for try in 1 2 3; do
+    run "$@"
+    case $status in 0|75|76|77|138|143) return ;; esac
+    [ -z "$asked" ] && [ "$try" -lt 3 ] || return
+    echo "control: $role ended with status $status; trying again"
+    sleep 5 &
+    wait $!
+    [ -z "$asked" ] || return
+  done
+}
+
+# Where there is a budget: what jobs have used that were killed and could not note their end.
+if [ ${#accounts[@]} -gt 0 ]; then
+  all=$(sed -n 's/.*"event": "submitted".*"job": "\([0-9]*\)".*/\1/p' "$run/jobs.jsonl" | sort -u)
+  if sacct "${accounts[@]}" "--jobs=${all//$'\n'/,}" >"$run/slurm/accounts.$SLURM_JOB_ID" 2>/dev/null
+  then mv "$run/slurm/accounts.$SLURM_JOB_ID" "$run/slurm/accounts"
+  else rm -f "$run/slurm/accounts.$SLURM_JOB_ID"; fi
+fi
