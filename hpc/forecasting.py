@@ -378,9 +378,9 @@ def compare(chain: Chain, forecast: Forecast) -> dict[str, dict[str, Any]]:
             continue
         manifest = chain.run.read_manifest(item.stage)
         pairs: list[tuple[str, Range | None, float | None]] = [
-            ("wall", item.wall, manifest and manifest["seconds"]),
+            ("wall", item.wall, manifest["seconds"] if manifest else None),
             ("gpu_hours", item.gpu_hours, spent.get(item.stage) if manifest else None),
-            ("data", item.data, manifest and manifest["bytes"]),
+            ("data", item.data, manifest["bytes"] if manifest else None),
         ]
         found[item.stage] = {
             what: asdict(expected) | {"came": came}
