@@ -94,7 +94,8 @@ class RunContext:
         self._chain, self._stage, self._signals = chain, stage, signals
         self._numbers: dict[str, float] = {}
         self._told = -_TELL_SECONDS
-        self.moved = time.monotonic()
+        self.moved = self._made = time.monotonic()
+        self._ready = False
         folder = make_folder(chain.run.progress(stage.name))
         self._file = folder / f"{socket.gethostname()}-{os.getpid()}.json"
         _remove_dead(folder)
@@ -114,7 +115,17 @@ class RunContext:
         self._numbers.update(numbers)
         self.moved = time.monotonic()
         if self._stage.kind == "job":
+            self.ready()
             self.tell(done, total)
+
+    def ready(self) -> None:
+        """Notes, once, how long the payload took until it could begin: a forecast needs it."""
+        if self._ready or int(os.environ.get("RANK", "0")) > 0:
+            return
+        self._ready = True
+        took = {"job": self.owner.job, "seconds": round(time.monotonic() - self._made, 2)}
+        with suppress(OSError), (self.directory / "began.jsonl").open("a") as file:
+            file.write(json.dumps(took) + "\n")
 
     def tell(self, done: int, total: int) -> None:
         """Writes the progress file, at most once a second but for the last step."""

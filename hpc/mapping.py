@@ -215,6 +215,7 @@ class Worker:
     async def _work(self) -> int:
         assert self._stage.load is not None
         mapper: Mapper = self._stage.load(self._context)
+        self._context.ready()
         self._moved = time.monotonic()
         calls: dict[asyncio.Task[list[Row]], tuple[_Claim, str]] = {}
         try:

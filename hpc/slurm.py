@@ -97,6 +97,14 @@ def available() -> bool:
     return shutil.which("sbatch") is not None
 
 
+def answers() -> bool:
+    """Whether there is a cluster that can be asked, now."""
+    try:
+        return available() and bool(call("scontrol", "show", "config", seconds=20.0))
+    except SlurmError:
+        return False
+
+
 def environment(exported: Sequence[str]) -> dict[str, str]:
     """What Slurm's commands see: no variable of a surrounding job, no secret."""
     names = (*exported, "PATH", "SLURM_CONF")

@@ -60,6 +60,10 @@ def send(chain: Chain, profile: Profile, remake: bool = False, save: Any = None)
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
     from insightv.cli.planning import plan
+    from insightv.cli.prefetch import prefetch
+    from insightv.cli.rehearsal import rehearse
 
     app.command("plan", rich_help_panel="Run")(plan)
+    app.command("rehearse", rich_help_panel="Run")(rehearse)
+    app.command("prefetch", rich_help_panel="Run")(prefetch)
     app.command("submit", rich_help_panel="Run")(submit)

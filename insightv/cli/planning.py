@@ -32,13 +32,17 @@ def plan(
     ] = False,
 ) -> None:
     """Show every job, what it waits for, its exact sbatch text and what it will make."""
+    from hpc import slurm
     from hpc.admission import admit
     from hpc.cluster import read_profile
     from hpc.planning import plan_of
     from hpc.rundir import RunDir
     from hpc.submission import fitted
     from insightv.chain import assemble
+    from insightv.cli.rehearsal import table
+    from insightv.cli.runs import console
     from insightv.config import read
+    from insightv.rehearsal import forecast_of
 
     profile, config = read_profile(cluster), read(chain, overrides or ())
     run = run_dir or Path("runs") / chain.stem
@@ -50,7 +54,8 @@ def plan(
         given = [str(chain), *(overrides or ())]
         _write(assembled, profile, write, run, given, cluster)
         return
-    profile = fitted(profile)
+    there = slurm.answers()
+    profile = fitted(profile) if there else profile
     planned = plan_of(assembled, profile)
     if not planned:
         print(f"{assembled.run.path}: complete, nothing to do")
@@ -58,7 +63,11 @@ def plan(
     for item in planned:
         print(f"==> {item.name} <==", item.text, sep="\n")
     _show(planned, profile)
-    print(admit(planned, profile))
+    console().print(table(forecast_of(config, assembled, profile)))
+    if there:
+        print(admit(planned, profile))
+    else:
+        print("no Slurm answers here: the chain was not held against a cluster")
 
 
 def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:

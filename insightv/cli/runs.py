@@ -73,6 +73,12 @@ def _drive(
     chain: Chain, config: ChainConfig, remake: bool = False, donors: Sequence[Path] = ()
 ) -> None:
     """Runs what is missing, then shows what came out."""
+    make(chain, config, remake)
+    _show_results(chain)
+
+
+def make(chain: Chain, config: ChainConfig, remake: bool = False) -> None:
+    """Runs what is missing, here."""
     from hpc import gates
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
@@ -95,7 +101,6 @@ def _drive(
             )
             executor = LocalExecutor(preload=PRELOAD)
             drive(chain, executor, bars, slots=config.local.slots or None, remake=remake)
-    _show_results(chain)
 
 
 def _take_over(chain: Chain, donors: Sequence[Path]) -> None:
@@ -201,6 +206,7 @@ def status(
     from rich.live import Live
 
     from hpc.status import board
+    from insightv.cli.rehearsal import comparison
 
     chain = opened(directory)
     if as_json or not watch:
@@ -210,6 +216,8 @@ def status(
                 print(json.dumps(found, ensure_ascii=False), flush=True)
             else:
                 console().print(board(found))
+                if "forecast" in found:
+                    console().print(comparison(found["forecast"]))
             if not watch or found["state"] != "running":
                 return
             time.sleep(_WATCH)
@@ -224,13 +232,16 @@ def status(
 
 def _look(chain: Chain) -> dict[str, Any]:
     """What stands where, on the run's cluster too: one squeue and one sacct."""
+    from hpc.forecasting import compare, kept
     from hpc.slurm import available
     from hpc.status import status as look
     from hpc.submission import hours, job_counts, on_cluster
 
+    forecast = kept(chain.run)
+    more = {"forecast": compare(chain, forecast)} if forecast is not None else {}
     if not on_cluster(chain.run) or not available():
-        return look(chain)
-    return look(chain, job_counts(chain.run)) | {"hours": hours(chain.run)}
+        return look(chain) | more
+    return look(chain, job_counts(chain.run)) | {"hours": hours(chain.run)} | more
 
 
 def cancel(directory: RunArgument) -> None:

@@ -43,15 +43,21 @@ asked= status=1
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 else me=$SLURM_JOB_ID; fi
 
-# Runs the payload, which hears what Slurm tells this job; sets status.
+# Runs the payload, which hears what Slurm tells this job; sets status. A payload that ends while
+# another signal comes may leave bash without its status (-1): then the signal's own stands.
 run() {
-  local heard=1
+  local heard=1 found
   trap 'asked=${asked:-limit} heard=1; [ -z "$payload" ] || kill -USR1 "$payload" 2>/dev/null' USR1
   trap 'asked=leave heard=1; [ -z "$payload" ] || kill -TERM "$payload" 2>/dev/null' TERM INT
   "$@" &
   payload=$!
   case $asked in limit) kill -USR1 "$payload" ;; leave) kill -TERM "$payload" ;; esac
-  while [ -n "$heard" ]; do heard=; wait "$payload"; status=$?; done 2>/dev/null
+  while [ -n "$heard" ]; do
+    heard=
+    wait "$payload"
+    found=$?
+    [ "$found" = -1 ] || status=$found
+  done 2>/dev/null
 }
 
 # EVENT MORE: tells the run that this job began, which counts if it is killed, or how it ended;

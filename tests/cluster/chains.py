@@ -99,10 +99,11 @@ class Run:
         ]
 
     def nodes(self, stage: str, role: str = "work") -> list[str]:
-        """The nodes where the newest job of a stage runs now."""
-        job = self.job(role, stage)
-        said = self.cluster.run("squeue", "-h", "-t", "R", "-j", job, "-o", "%N").stdout
-        return sorted(set(said.split()))
+        """The nodes where jobs of a stage run now."""
+        said = self.cluster.run("squeue", "-h", "-t", "R", "-o", "%j|%N").stdout
+        begin = f"{prefix(self.dir)}-{stage}{'.gate' if role == 'gate' else ''}-a"
+        lines = (line.split("|") for line in said.splitlines())
+        return sorted({node for name, node in lines if name.startswith(begin)})
 
     def interpose(self, tool: str, pattern: str) -> tuple[dict[str, str], Path]:
         """Puts a wrapper before one of Slurm's commands that sleeps once, when it is called so.

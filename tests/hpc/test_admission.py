@@ -20,7 +20,7 @@ from hpc.slurm import SlurmError  # noqa: E402
 ANSWERS = {
     "scontrol show config": "MaxArraySize = 100\nMaxJobCount = 10000\n",
     "sinfo": "all|n1|idle|32|200000|gpu:4|\nall|n2|idle|32|200000|gpu:4|\n",
-    "scontrol -o show partition": "PartitionName=all State=UP MaxTime=1:00:00 Default=YES QoS=N/A\n",
+    "scontrol -o show partition": "PartitionName=all State=UP MaxTime=1:00:00 Default=YES\n",
     "sacctmgr": "",
     "squeue": "",
     "sbatch --test-only": "",

@@ -1,0 +1,108 @@
+"""The command that brings what a chain needs to a cluster whose jobs have no internet."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpc.errors import UserError
+from insightv.cli.cluster import ChainArgument, Overrides
+
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
+"""Of a model on the hub: no pickles, no code."""
+
+
+def prefetch(
+    chain: ChainArgument,
+    overrides: Overrides = None,
+    to: Annotated[Path, typer.Option(help="Where models from the hub go.")] = Path("models"),
+) -> None:
+    """Fetch and check a chain's models and sets; jobs then run with HF_HUB_OFFLINE=1."""
+    from hpc.config import load
+    from insightv.config import NONE, ChainConfig
+
+    config = load(ChainConfig, chain, overrides or ())
+    folders: dict[str, Path] = {}
+    named: list[str] = []
+    for role in ("base", "generator", "judge", "scorer"):
+        path = getattr(config.models, role).path
+        if path in ("", NONE):
+            continue
+        if path not in folders:
+            folders[path] = _model(role, path, to)
+            print(f"model  {path}: {folders[path]}, digest {_digest(role, folders[path])}")
+        if _is_hub(path):
+            named.append(f"models.{role}.path={folders[path]}")
+    for name, what in _sets(config.questions):
+        print(f"set    {name}: {what}")
+    print("jobs find all of this offline" + (", told so: " + " ".join(named) if named else ""))
+
+
+def _is_hub(path: str) -> bool:
+    return bool(_HUB.fullmatch(path)) and not Path(path).exists()
+
+
+def _model(role: str, path: str, to: Path) -> Path:
+    """A model's folder; one on the hub is brought there first, what is there already is kept.
+
+    Raises:
+        UserError: It is neither a folder nor to be had.
+    """
+    from insightv.config import model_folder
+
+    if not _is_hub(path):
+        return model_folder(path).absolute()
+    from huggingface_hub import constants, snapshot_download
+
+    folder = (to / path.replace("/", "--")).absolute()
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"models.{role}.path: {path} is no folder here, and HF_HUB_OFFLINE is set; "
+            "unset it, on a node with internet"
+        )
+    try:
+        snapshot_download(path, local_dir=folder, allow_patterns=_WANTED)
+    except Exception as error:  # the hub's client raises whatever its transport does
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"models.{role}.path: {path} is no folder here, and the hub does not give it "
+            f"({type(error).__name__}: {said}); mend the name, or try a node with internet"
+        ) from None
+    return folder
+
+
+def _digest(role: str, folder: Path) -> str:
+    from insightv.models import digest_of
+
+    try:
+        return digest_of(folder)
+    except UserError as error:
+        raise UserError(f"models.{role}.path: {error}") from None
+
+
+def _sets(questions: object) -> list[tuple[str, str]]:
+    """The sets that are asked, with what they are drawn from; reading them proves it is there."""
+    from insightv.config import SETS
+    from insightv.demo.sets import SPLITS
+    from insightv.demo.shapes import easy_vqa_rows
+    from insightv.demo.tables import tables
+
+    found = []
+    for name in SETS:
+        asked = sum(getattr(getattr(questions, name), split) for split in SPLITS)
+        if not asked:
+            continue
+        if name == "shapes":
+            pictures = {path for split in ("train", "test") for _, _, path in easy_vqa_rows(split)}
+            absent = [path for path in pictures if not path.is_file()]
+            if absent:
+                raise UserError(f"questions.shapes: {absent[0]} is missing; reinstall easy-vqa")
+            source = f"{len(pictures):,} pictures of easy-vqa"
+        else:
+            source = f"{len(list(tables())):,} tables of installed packages"
+        found.append((name, f"{asked:,} questions from {source}"))
+    return found

@@ -1,0 +1,42 @@
+"""What jobs will find without internet."""
+
+from pathlib import Path
+
+import pytest
+
+from insightv import cli
+
+SMOKE = str(Path(__file__).parents[2] / "configs" / "chain" / "smoke.yaml")
+
+
+@pytest.fixture
+def prefetch(monkeypatch, capsys):
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["insightv", "prefetch", SMOKE, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def test_the_embedded_model_and_the_sets_are_there(prefetch):
+    status, out, _ = prefetch()
+    assert status == 0 and "model  tiny: /" in out and "digest " in out
+    assert "set    charts:" in out and "pictures of easy-vqa" in out
+    assert out.splitlines()[-1] == "jobs find all of this offline"
+
+
+def test_a_folder_that_is_no_model_is_named(prefetch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    status, _, err = prefetch(f"models.judge.path={tmp_path}")
+    assert status == 2 and "models.judge.path" in err and "no *.safetensors" in err
+
+
+def test_a_hub_that_does_not_answer_is_one_line(prefetch, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    status, _, err = prefetch("models.base.path=some/model", "--to", tmp_path)
+    assert status == 2 and "some/model" in err and err.count("\n") == 1
