@@ -73,11 +73,13 @@ def _drive(
     chain: Chain, config: ChainConfig, remake: bool = False, donors: Sequence[Path] = ()
 ) -> None:
     """Runs what is missing, then shows what came out."""
-    make(chain, config, remake)
+    make(chain, config, remake, donors)
     _show_results(chain)
 
 
-def make(chain: Chain, config: ChainConfig, remake: bool = False) -> None:
+def make(
+    chain: Chain, config: ChainConfig, remake: bool = False, donors: Sequence[Path] = ()
+) -> None:
     """Runs what is missing, here."""
     from hpc import gates
     from hpc.driver import drive
