@@ -20,6 +20,7 @@ from hpc.executors.local import LocalExecutor  # noqa: E402
 from hpc.reuse import reuse  # noqa: E402
 from hpc.rundir import RunDir  # noqa: E402
 from hpc.shards import read_rows, shard_path  # noqa: E402
+from hpc.work import work  # noqa: E402
 
 SMALL = ["n=8", "preload=false"]
 
@@ -92,7 +93,7 @@ def test_a_parent_made_again_there_shuts_out_its_dependents(copy, tmp_path):
     chain = counting.open_chain(copy)
     gates.prepare(chain, "numbers")
     # As a driver killed after its first stage leaves it.
-    counting.work(chain, "numbers")
+    work(chain, "numbers")
     assert gates.check(chain, "numbers") == 0
     run = tmp_path / "run"
     assert take(run, [copy]) == {"numbers": ""}

@@ -26,7 +26,7 @@ def test_a_share_of_every_set_but_not_too_little():
 
 
 def test_work_grows_with_questions_paths_and_epochs(tmp_path):
-    config = read(CONFIGS / "chain" / "quickstart.yaml")
+    config = read(CONFIGS / "chain" / "quickstart.yaml", ["questions.reasoned=[charts]"])
     chain = assemble(config, RunDir(tmp_path))
     before = units(config, chain)
     config.questions.charts.train *= 2
