@@ -62,8 +62,7 @@ def _kinds(
     partitions: Mapping[str, site.Partition],
 ) -> Iterator[str]:
     """What is wrong with the kinds of job that the chain has."""
-    named = {id(getattr(profile, name)): name for name in ("cpu", "gpu", "training", "gate")}
-    named |= {id(resources): name for name, resources in profile.stages.items()}
+    named = {id(resources): name for name, resources in profile.named().items()}
     # No more workers than there are: a small chain may fit where the profile would not.
     asked: dict[str, Resources] = {}
     for item in planned:
@@ -96,14 +95,14 @@ def _too_many(
         return  # no accounting, no such limits
     queued = _queued_already()
     by_account, by_qos = Counter[str](), Counter[str]()
-    default = next((line for line in owned), None)
+    default = owned[0] if owned else None
     for item in planned:
-        account = item.resources.account or profile.account or (default[0] if default else "")
+        account = profile.word(item.resources, "account") or (default[0] if default else "")
         mine = next((line for line in owned if line[0] == account), None)
-        qos = item.resources.qos or profile.qos or (mine[4] if mine else "")
+        qos = profile.word(item.resources, "qos") or (mine[4] if mine else "")
         by_account[account] += item.job.count
         by_qos[qos or (mine[3] if mine and "," not in mine[3] else "")] += item.job.count
-        partition = (item.resources.partition or profile.partition).split(",")[0]
+        partition = profile.word(item.resources, "partition").split(",")[0]
         if partition in partitions:
             by_qos[partitions[partition].fields.get("QoS", "N/A")] += item.job.count
     for line in owned:

@@ -23,6 +23,9 @@ _SECRET = re.compile(r"(?i)(api_?key|token|secret|passw|credential)")
 _EARLY = 60
 """Seconds by which Slurm may send the signal too early."""
 
+KINDS = ("cpu", "gpu", "training", "gate")
+"""What a profile says of jobs whose stage it does not name."""
+
 EXPORTED = [
     "HOME",
     "USER",
@@ -202,7 +205,7 @@ class Profile:
         """
         for name in ("partition", "account", "qos", "constraint"):
             _check_word(name, getattr(self, name))
-        for name in ("cpu", "gpu", "training", "gate"):
+        for name in KINDS:
             getattr(self, name).validate(name)
         for name, resources in self.stages.items():
             resources.validate(f"stages.{name}")
@@ -225,6 +228,15 @@ class Profile:
                     f"export: {name} looks like a secret, which Slurm would store; "
                     "put it into the `environment` file"
                 )
+
+    def named(self) -> dict[str, Resources]:
+        """Every kind of stage, and every stage of its own, with what it asks for."""
+        return {name: getattr(self, name) for name in KINDS} | dict(self.stages)
+
+    def word(self, resources: Resources, name: str) -> str:
+        """Partition, account, qos or constraint of some jobs: their own, else the profile's."""
+        found: str = getattr(resources, name) or getattr(self, name)
+        return found
 
     def of_stage(self, stage: Stage) -> Resources:
         """What a stage's jobs ask for."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -21,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from hpc import gates
+from hpc.accounting import spent, totals
 from hpc.cluster import Profile
+from hpc.naming import parse_name
 from hpc.retention import size
 from hpc.rundir import Chain, RunDir, read_json, write_json
 from hpc.shards import sidecars
+from hpc.slurm import Spent
 from hpc.stages import Stage
 
 _UNKNOWN_SPREAD = 0.25  # of a stage with too few shards to tell
@@ -367,24 +371,22 @@ def compare(chain: Chain, forecast: Forecast) -> dict[str, dict[str, Any]]:
         Stage to ``{"wall", "gpu_hours", "data"}``, each ``{"low", "mid", "high", "came"}``;
         times in seconds, data in bytes of shards.
     """
-    spent: dict[str, float] = {}
-    for entry in chain.run.read_jobs():
-        if entry.get("event") == "ended":
-            hours = float(entry["seconds"]) * entry.get("gpus", 0) / 3600
-            spent[entry["stage"]] = spent.get(entry["stage"], 0.0) + hours
+    used: dict[str, list[Spent]] = {}
+    for item in spent(chain.run.read_jobs(), None, time.time()):
+        if parsed := parse_name(chain.run, item.name):
+            used.setdefault(parsed[0], []).append(item)
     found: dict[str, dict[str, Any]] = {}
-    for item in forecast.stages:
-        if item.stage not in chain.stages:
+    for expected in forecast.stages:
+        if expected.stage not in chain.stages:
             continue
-        manifest = chain.run.read_manifest(item.stage)
+        manifest = chain.run.read_manifest(expected.stage)
+        hours = totals(used[expected.stage])["gpu"] if expected.stage in used else None
         pairs: list[tuple[str, Range | None, float | None]] = [
-            ("wall", item.wall, manifest["seconds"] if manifest else None),
-            ("gpu_hours", item.gpu_hours, spent.get(item.stage) if manifest else None),
-            ("data", item.data, manifest["bytes"] if manifest else None),
+            ("wall", expected.wall, manifest["seconds"] if manifest else None),
+            ("gpu_hours", expected.gpu_hours, hours if manifest else None),
+            ("data", expected.data, manifest["bytes"] if manifest else None),
         ]
-        found[item.stage] = {
-            what: asdict(expected) | {"came": came}
-            for what, expected, came in pairs
-            if expected is not None
+        found[expected.stage] = {
+            what: asdict(within) | {"came": came} for what, within, came in pairs if within
         }
     return found

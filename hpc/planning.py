@@ -56,8 +56,8 @@ def work_job(
     """
     stage, asked = chain.stages[name], profile.of_stage(chain.stages[name])
     if left is None and stage.kind == "map":
-        source = chain.run.read_manifest(next(iter(stage.inputs.values())))
         first = next(iter(stage.inputs.values()))
+        source = chain.run.read_manifest(first)
         left = source["shards"] if source and gates.fresh(chain, first) else None
     workers = min(asked.workers, stage.workers, left or asked.workers)
     return Job(

@@ -85,10 +85,10 @@ class Kind:
 def kinds(profile: Profile) -> list[Kind]:
     """The different ways in which a profile's stages ask for nodes."""
     found: dict[tuple[str, str, str, str, int], list[str]] = {}
-    asked = _asked(profile)
+    asked = profile.named()
     words = ("partition", "account", "qos", "constraint")
     for name, resources in asked.items():
-        where = (getattr(resources, word) or getattr(profile, word) for word in words)
+        where = (profile.word(resources, word) for word in words)
         partition, account, qos, constraint = where
         key = (partition, account, qos, constraint, resources.gpus)
         found.setdefault(key, []).append(name)
@@ -98,11 +98,6 @@ def kinds(profile: Profile) -> list[Kind]:
     ]
 
 
-def _asked(profile: Profile) -> dict[str, Resources]:
-    named = {name: getattr(profile, name) for name in ("cpu", "gpu", "training", "gate")}
-    return named | dict(profile.stages)
-
-
 def check(profile: Profile) -> list[Finding]:
     """Everything that can be told without a job.
 
@@ -110,7 +105,7 @@ def check(profile: Profile) -> list[Finding]:
         UserError: There is no Slurm here, or it does not answer.
     """
     config = slurm.config()
-    return [*_of_cluster(config), *hold(profile, _asked(profile), read_partitions(), config)]
+    return [*_of_cluster(config), *hold(profile, profile.named(), read_partitions(), config)]
 
 
 def hold(
@@ -151,7 +146,7 @@ def _of_kind(
             f"{name}.workers",
             f"{resources.workers}, MaxArraySize is {limit}; ask for less",
         )
-    asked = resources.partition or profile.partition
+    asked = profile.word(resources, "partition")
     names = asked.split(",") if asked else [_default(partitions)]
     for partition in names:
         if partition not in partitions:
@@ -184,7 +179,7 @@ def _misfits(
             "jobs go on in the next one",
         )
     for word, allow in (("account", "AllowAccounts"), ("qos", "AllowQos")):
-        wanted = getattr(resources, word) or getattr(profile, word)
+        wanted = profile.word(resources, word)
         allowed = fields.get(allow, "ALL")
         if wanted and allowed != "ALL" and wanted not in allowed.split(","):
             yield Finding("wrong", f"{name}.{word}", f"{wanted}; the partition takes {allowed}")
@@ -213,7 +208,7 @@ def _fits(
 
 
 def _has(node: Node, resources: Resources, profile: Profile) -> bool:
-    constraint = resources.constraint or profile.constraint
+    constraint = profile.word(resources, "constraint")
     wanted = set(constraint.split("&")) if re.fullmatch(r"[\w.&-]+", constraint) else set()
     return (
         node.cores >= resources.cores * resources.tasks
@@ -262,14 +257,15 @@ def _of_association(
     lines: list[list[str]],
     rules: Mapping[str, list[str]],
 ) -> Iterator[Finding]:
-    account = resources.account or profile.account
+    account = profile.word(resources, "account")
     mine = [line for line in lines if not account or line[0] == account]
     if not mine:
         there = ", ".join(sorted({line[0] for line in lines}))
         yield Finding("wrong", f"{name}.account", f"{account} is none of yours; choose of {there}")
         return
     allowed = {word for line in mine for word in line[2].split(",") if word}
-    qos = resources.qos or profile.qos or mine[0][3] or (mine[0][2] if len(allowed) == 1 else "")
+    qos = profile.word(resources, "qos") or mine[0][3]
+    qos = qos or (mine[0][2] if len(allowed) == 1 else "")
     if qos and allowed and qos not in allowed:
         shown = ", ".join(sorted(allowed))
         yield Finding("wrong", f"{name}.qos", f"{qos} is not allowed; choose of {shown}")

@@ -262,9 +262,7 @@ def config(patience: float = 600.0) -> dict[str, str]:
     return found
 
 
-def submit(
-    script: Path, name: str, exported: Sequence[str], patience: float = 600.0, look: bool = False
-) -> str:
+def submit(script: Path, name: str, exported: Sequence[str], patience: float = 600.0) -> str:
     """Submits a script, once, whatever happens to sbatch.
 
     Whenever sbatch's answer is lost, the job may have come into being all the same; so its
@@ -275,7 +273,6 @@ def submit(
         name: Unique to this job among all of this user's.
         exported: Variables that sbatch sees.
         patience: Seconds to go on while the controller is away.
-        look: Look for the name first.
 
     Returns:
         The job's id.
@@ -284,7 +281,7 @@ def submit(
         Refused: Slurm does not take the job.
         UserError: Slurm stays away.
     """
-    give_up, pause, doubtful = time.monotonic() + patience, _FIRST_PAUSE, look
+    give_up, pause, doubtful = time.monotonic() + patience, _FIRST_PAUSE, False
     while True:
         try:
             if doubtful and (job := _by_name(name)):
@@ -305,16 +302,19 @@ def submit(
 
 def _by_name(name: str) -> str:
     """The id of a job of this name, if there is one; the first where there are more."""
-    said = call("squeue", "--me", "--noheader", "--states=all", f"--name={name}", "--format=%F")
-    found = sorted({int(word) for word in said.split() if word.isdigit()})
-    if found:
-        _cancel(found[1:])
+    found = _ids(name, "--states=all")
+    _cancel(found[1:])
     return str(found[0]) if found else ""
 
 
 def _cancel_doubles(name: str, job: str) -> None:
-    said = call("squeue", "--me", "--noheader", f"--name={name}", "--format=%F")
-    _cancel(sorted({int(word) for word in said.split() if word.isdigit()} - {int(job)}))
+    _cancel([found for found in _ids(name) if found != int(job)])
+
+
+def _ids(name: str, *options: str) -> list[int]:
+    """The ids of this user's jobs of a name, in order."""
+    said = call("squeue", "--me", "--noheader", *options, f"--name={name}", "--format=%F")
+    return sorted({int(word) for word in said.split() if word.isdigit()})
 
 
 def _cancel(jobs: Sequence[int]) -> None:

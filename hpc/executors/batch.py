@@ -111,14 +111,14 @@ def _directives(
     run: RunDir, job: Job, profile: Profile, resources: Resources, by_hand: bool
 ) -> dict[str, Any]:
     def word(name: str) -> str | None:
-        return getattr(resources, name) or getattr(profile, name) or None
+        return profile.word(resources, name) or None
 
     more: dict[str, Any] = {
         "output": str(log_path(run, job)),
         "chdir": str(run.path),
         "export": ",".join(profile.export),
         "requeue": True,
-        "signal": f"B:USR1@{resources.grace}",
+        "signal": f"B:USR1@{max(resources.grace, 1)}",
     }
     if by_hand:
         # Slurm takes both from where sbatch is called.
@@ -134,8 +134,6 @@ def _directives(
         more["dependency"] = job.after
     if job.avoid:
         more["exclude"] = ",".join(job.avoid)
-    if resources.grace == 0:
-        more["signal"] = "B:USR1@1"
     return {
         "job_name": f"iv{suffix(run, job.name)}" if by_hand else job.name,
         "partition": word("partition"),

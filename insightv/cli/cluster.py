@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from insightv.cli.runs import ChainArgument, Overrides, RemakeOption, RunOption, save
 
 if TYPE_CHECKING:
     from hpc.cluster import Profile
     from hpc.rundir import Chain
 
-ChainArgument = Annotated[Path, typer.Argument(metavar="CHAIN", help="A chain file (YAML).")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
-]
 ProfileOption = Annotated[
     Path, typer.Option("--cluster", metavar="PROFILE", help="A cluster profile (YAML).")
-]
-RunOption = Annotated[
-    Path | None, typer.Option(help="Where to; by default runs/NAME of the chain file.")
 ]
 
 
@@ -28,28 +24,30 @@ def submit(
     overrides: Overrides = None,
     cluster: ProfileOption = ...,  # type: ignore[assignment]
     run_dir: RunOption = None,
-    remake: Annotated[
-        bool, typer.Option("--remake", help="Make again what another configuration made.")
-    ] = False,
+    remake: RemakeOption = False,
 ) -> None:
     """Queue a whole chain on a cluster; the same command adds what is missing."""
     from hpc.cluster import read_profile
     from hpc.rundir import RunDir
     from insightv.chain import assemble
-    from insightv.cli.runs import save
     from insightv.config import read
 
     profile = read_profile(cluster)
     config = read(chain, overrides or ())
     assembled = assemble(config, RunDir(run_dir or Path("runs") / chain.stem))
-    send(assembled, profile, remake, save=lambda: save(assembled, config, remake, held=True))
+    send(assembled, profile, remake, prepare=lambda: save(assembled, config, remake, held=True))
 
 
-def send(chain: Chain, profile: Profile, remake: bool = False, save: Any = None) -> None:
+def send(
+    chain: Chain,
+    profile: Profile,
+    remake: bool = False,
+    prepare: Callable[[], None] | None = None,
+) -> None:
     """Submits what a run lacks, and says so."""
     from hpc.submission import submit
 
-    count = submit(chain, profile, remake=remake, prepare=save)
+    count = submit(chain, profile, remake=remake, prepare=prepare)
     path = chain.run.path
     if count:
         print(f"{path}: {count} jobs submitted; `insightv status {path}` shows them")

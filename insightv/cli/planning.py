@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from insightv.cli.cluster import ChainArgument, Overrides, ProfileOption, RunOption
+from insightv.cli.cluster import ProfileOption
+from insightv.cli.runs import ChainArgument, Overrides, RunOption, console, save
 
 if TYPE_CHECKING:
     from hpc.cluster import Profile
@@ -40,7 +41,6 @@ def plan(
     from hpc.submission import fitted
     from insightv.chain import assemble
     from insightv.cli.rehearsal import table
-    from insightv.cli.runs import console
     from insightv.config import read
     from insightv.rehearsal import forecast_of
 
@@ -74,7 +74,6 @@ def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     """Makes a run directory whose jobs somebody submits by hand: what `submit` writes first."""
     from hpc.naming import make_id
     from hpc.submission import keep_profile
-    from insightv.cli.runs import save
 
     run = chain.run
     run.create()
@@ -116,8 +115,6 @@ def _write(
 
 def _show(planned: list[Planned], profile: Profile) -> None:
     from rich.table import Table
-
-    from insightv.cli.runs import console
 
     table = Table(title="jobs", title_justify="left")
     for heading in ("job", "after", "processes", "nodes", "GPUs", "cores", "minutes"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpc.errors import UserError
-from insightv.cli.cluster import ChainArgument, Overrides, RunOption
+from insightv.cli.runs import ChainArgument, Overrides, RunOption, console, make, save
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +38,6 @@ def rehearse(
     from hpc.forecasting import keep
     from hpc.rundir import RunDir
     from insightv.chain import assemble
-    from insightv.cli.runs import console
     from insightv.config import read
     from insightv.rehearsal import from_rehearsal, rehearsal_of, small
 
@@ -65,8 +64,6 @@ def rehearse(
 
 
 def _here(chain: Chain, config: ChainConfig) -> None:
-    from insightv.cli.runs import make
-
     make(chain, config, remake=True)
 
 
@@ -78,7 +75,6 @@ def _there(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     """
     from hpc.status import status
     from hpc.submission import job_counts, submit
-    from insightv.cli.runs import save
 
     submit(chain, profile, remake=True, prepare=lambda: save(chain, config, True, held=True))
     print(f"{chain.run.path}: waiting; Ctrl-C leaves it running, the same command comes back to it")

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from hpc.rundir import Chain
     from insightv.config import ChainConfig
 
+ChainArgument = Annotated[Path, typer.Argument(metavar="CHAIN", help="A chain file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
+]
+RunOption = Annotated[
+    Path | None, typer.Option(help="Where to; by default runs/NAME of the chain file.")
+]
+RemakeOption = Annotated[
+    bool, typer.Option("--remake", help="Make again what another configuration made.")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
 _WATCH = 2.0  # seconds between looks
 _PIPE_WIDTH = 132
@@ -29,16 +39,10 @@ PRELOAD = ("insightv.chain", "insightv.engines.transformers", "insightv.training
 
 
 def run(
-    chain: Annotated[Path, typer.Argument(metavar="CHAIN", help="A chain file (YAML).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
-    ] = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="Where to; by default runs/NAME of the chain file.")
-    ] = None,
-    remake: Annotated[
-        bool, typer.Option("--remake", help="Make again what another configuration made.")
-    ] = False,
+    chain: ChainArgument,
+    overrides: Overrides = None,
+    run_dir: RunOption = None,
+    remake: RemakeOption = False,
     reuse: Annotated[
         list[Path] | None,
         typer.Option(metavar="RUN", help="Take over equal stages of another run; may be repeated."),

@@ -13,6 +13,7 @@ import counting  # noqa: E402
 
 from hpc.cluster import Profile, Resources  # noqa: E402
 from hpc.forecasting import Forecast, Range, compare, extrapolate, keep, kept, measure  # noqa: E402
+from hpc.naming import work_name  # noqa: E402
 from hpc.rundir import Chain  # noqa: E402
 
 STAGES = ("numbers", "double", "square", "total", "triple")
@@ -48,17 +49,17 @@ def timed(tmp_path: Path, seconds: int) -> Chain:
     """A complete run whose jobs say that they took so long, 10 s of it to get ready."""
     chain = counting.run(tmp_path / "run", ["n=40", "workers=3"])
     chain.run.jobs.unlink()
-    for stage in STAGES:
+    for number, stage in enumerate(STAGES):
         (chain.run.stage_dir(stage) / "began.jsonl").unlink(missing_ok=True)
+        end = {"event": "ended", "stage": stage, "role": "work", "gpus": 1}
+        end["name"] = work_name(chain.run, stage, 0)
         for element in range(2):
-            job = f"7_{element}"
+            job = f"{number}_{element}"
             with (chain.run.stage_dir(stage) / "began.jsonl").open("a") as file:
                 file.write(json.dumps({"job": job, "seconds": 10.0}) + "\n")
-            end = {"event": "ended", "stage": stage, "role": "work", "job": job}
-            chain.run.add_job(**end, seconds=seconds, gpus=1)
+            chain.run.add_job(**end, job=job, seconds=seconds)
         # An element that found nothing to do costs nothing that grows.
-        idle = {"event": "ended", "stage": stage, "role": "work", "job": "7_2"}
-        chain.run.add_job(**idle, seconds=3, gpus=1)
+        chain.run.add_job(**end, job=f"{number}_2", seconds=3)
     return chain
 
 
