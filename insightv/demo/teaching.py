@@ -49,7 +49,11 @@ SHAPES = {"seeing": SEEING, "reasoning": REASONING, "scoring": SCORING, "thinkin
 
 @dataclass
 class Batch:
-    """One batch; ``pictures`` rows of ``PREFIX + text`` tokens (``2 + text`` without pixels)."""
+    """One batch; ``pictures`` rows of ``PREFIX + text`` tokens (``2 + text`` without pixels).
+
+    ``tags`` (is the value stated here true) and ``verdicts`` (is the step that ends here right)
+    are 1, 0, or -100 where there is nothing to tell.
+    """
 
     pixels: torch.Tensor | None
     ids: torch.Tensor
@@ -57,6 +61,7 @@ class Batch:
     mask: torch.Tensor
     labels: torch.Tensor
     tags: torch.Tensor
+    verdicts: torch.Tensor
     patch_labels: torch.Tensor
     patch_values: torch.Tensor
 
@@ -175,6 +180,7 @@ class Teacher:
         positions = np.zeros((rows, length), np.int64)
         labels = np.full((rows, length), -100, np.int64)
         tags = np.full((rows, length), -100, np.int64)
+        verdicts = tags.copy()
         ids[:, : len(prefix)], segment[:, : len(prefix)] = prefix, 0
         positions[:, : len(prefix)] = np.arange(len(prefix))
         turns = [turn for row in lessons for lesson in row for turn in lesson.turns]
@@ -189,10 +195,14 @@ class Teacher:
                 here = slice(offset, offset + size)
                 ids[row, here], segment[row, here] = text, number
                 positions[row, here] = np.arange(PREFIX, PREFIX + size)
-                if lesson.learned != "all":
-                    target = self._knowable(text, target, lesson.learned == "results")
+                if lesson.learned == "work":
+                    target = self._work(text, target)
+                elif lesson.learned == "results":
+                    target = self._results(text, target)
                 labels[row, here] = np.where(target, text, -100)
-                if lesson.scoring:
+                if lesson.verdicts:
+                    ends = [k for k, token in enumerate(text) if token in self.closing]
+                    verdicts[row, offset + np.array(ends)] = lesson.verdicts
                     for k, stated, true in self._readings(text, target, charts[row]):
                         tags[row, offset + k] = int(stated == true)
                         labels[row, offset + k] = self.number_ids[true]
@@ -213,6 +223,7 @@ class Teacher:
             mask=mask[:, None],
             labels=torch.from_numpy(labels),
             tags=torch.from_numpy(tags),
+            verdicts=torch.from_numpy(verdicts),
             patch_labels=patch_labels,
             patch_values=patch_values,
         )
@@ -229,30 +240,30 @@ class Teacher:
             target += [False] * len(lead) + [reply] * (len(turn) + len(tail))
         return text, target
 
-    def _knowable(self, text: list[int], target: list[bool], results: bool) -> list[bool]:
-        """Which targets can be known without the picture.
+    def _work(self, text: list[int], target: list[bool]) -> list[bool]:
+        """Targets that can be known without the picture: all but what is read from it.
 
-        Args:
-            text: Token ids of the lesson.
-            target: What is learned of a lesson with a picture.
-            results: Learn only what stands behind an equals sign; otherwise all but the
-                values read, and the labels read unless the prompt names some.
+        Of the steps that read, the labels the question asks for can be known, nothing else.
         """
-        known, reading, equals = list(target), False, False
         asked = {t for t, reply in zip(text, target, strict=True) if not reply}
         asked &= self._label_by_id.keys()
+        known, reading = list(target), False
         for k in range(1, len(text)):
             if text[k - 1] == self.title:
-                reading, equals = text[k] == self.read, False
+                reading = text[k] == self.read
             elif text[k] in self.closing:
-                reading, equals = False, False
-            elif results:
-                known[k] = target[k] and equals
-                equals |= text[k] == self.equals
+                reading = False
             elif reading and text[k - 1] != self.read and text[k] in self._readable:
                 known[k] = target[k] and text[k] in asked
-            if results and not equals:
-                known[k] = False
+        return known
+
+    def _results(self, text: list[int], target: list[bool]) -> list[bool]:
+        """Targets behind an equals sign, up to the end of the step."""
+        known, behind = [], False
+        for token, reply in zip(text, target, strict=True):
+            behind = behind and token not in self.closing
+            known.append(reply and behind)
+            behind |= token == self.equals
         return known
 
     def _readings(
