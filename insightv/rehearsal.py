@@ -20,17 +20,12 @@ from hpc.rundir import Chain, RunDir
 from insightv.chain import ENTRIES
 from insightv.config import SETS, ChainConfig, model_folder
 
-SHARE = 0.01
-FLOOR = 48
-"""Questions of a set below which a rehearsal does not go: pairs need some that are answered
-both right and wrong, and batches should not be all but empty."""
-
 _SPLITS = ("train", "validation", "test")
 _SHARDS = 8  # enough to see how much they differ
 _ALIKE = {"sft": "sft-reasoning", "set": "set-reasoning", "eval": "eval-multi-agent"}
 
 
-def small(config: ChainConfig, share: float = SHARE, floor: int = FLOOR) -> ChainConfig:
+def small(config: ChainConfig, share: float, floor: int) -> ChainConfig:
     """The same chain on a share of its questions; everything else is as it was.
 
     Args:

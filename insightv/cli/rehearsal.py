@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from insightv.config import ChainConfig
 
 _LOOK = 5.0  # seconds between looks at the queue
+# Pairs need questions that are answered both right and wrong, and batches should not be empty.
+_FLOOR = 48
 
 
 def rehearse(
@@ -31,7 +33,7 @@ def rehearse(
     ] = None,
     run_dir: RunOption = None,
     share: Annotated[float, typer.Option(help="Of the questions.")] = 0.01,
-    floor: Annotated[int, typer.Option(help="At least so many of each set and split.")] = 48,
+    floor: Annotated[int, typer.Option(help="At least so many of each set and split.")] = _FLOOR,
 ) -> None:
     """Run the true chain on 1 % of the questions, then forecast the whole; resumes."""
     from hpc.cluster import Profile, read_profile
@@ -52,7 +54,7 @@ def rehearse(
         else:
             _there(rehearsed, less, profile)
     except UserError as error:
-        hint = "" if floor > 48 else "; a larger --floor gives every stage more to do"
+        hint = "" if floor > _FLOOR else "; a larger --floor gives every stage more to do"
         said = f"the rehearsal stopped: {error}{hint if 'empty' in str(error) else ''}"
         raise UserError(said) from None
     found = from_rehearsal(config, whole, profile or Profile())

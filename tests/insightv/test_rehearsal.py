@@ -22,7 +22,7 @@ def test_a_share_of_every_set_but_not_too_little():
     assert less.questions.per_shard == -(-(90 + 20 + 20) // 8)
     assert less.training == config.training and config.questions.charts.train == 9000
     with pytest.raises(UserError, match="share 0"):
-        small(config, share=0)
+        small(config, share=0, floor=20)
 
 
 def test_work_grows_with_questions_paths_and_epochs(tmp_path):
