@@ -84,10 +84,19 @@ def by_task(drawn, right) -> dict[str, float]:
 
 
 def auc(scores, labels) -> float:
-    good = [s for s, label in zip(scores, labels, strict=True) if label]
-    bad = [s for s, label in zip(scores, labels, strict=True) if not label]
-    wins = sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
-    return round(wins / max(1, len(good) * len(bad)), 3)
+    """How often a right path scores above a wrong one; a tie counts half.
+
+    Args:
+        scores: For each question, the scores of its paths.
+        labels: For each question, which of its paths are right.
+    """
+    wins = pairs = 0.0
+    for own, right in zip(scores, labels, strict=True):
+        good = [s for s, label in zip(own, right, strict=True) if label]
+        bad = [s for s, label in zip(own, right, strict=True) if not label]
+        wins += sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
+        pairs += len(good) * len(bad)
+    return round(wins / max(1, pairs), 3)
 
 
 def measure(folder: Path, count: int) -> dict:
@@ -144,11 +153,12 @@ def scored(read, drawn, texts, right) -> dict:
         totals = [marks[k].total if k in marks else 0 for k in range(1, 5)]
         parsed += len(marks) == 4
         best.append(hits[int(np.argmax(totals))])
-        scores += totals
-        labels += hits
+        scores.append(totals)
+        labels.append(hits)
     return {
         "scores parsed": round(parsed / len(drawn), 3),
-        "score AUC": auc(scores, labels),
+        "score AUC": auc([sum(scores, [])], [sum(labels, [])]),
+        "score AUC within a question": auc(scores, labels),
         "best of 4 by score": by_task(drawn, best),
     }
 

@@ -1,9 +1,8 @@
 """The model with its throw-away heads and its losses, while it is being pretrained.
 
-A scorer must find a stated label in the picture, compare the values, follow the work, and tell in
-its reply: with four layers there is none to spare. So finding is taught at the output of the second
-layer; comparing, and whether a step is right, at that of the third, where the reply's tokens can
-still see it in the fourth.
+A scorer must find a stated label in the picture, compare the values, and tell in its reply: with
+four layers there is none to spare. So finding is taught at the output of the second layer and
+comparing at that of the third, where the reply's tokens can still see it in the fourth.
 """
 
 from __future__ import annotations
@@ -48,7 +47,6 @@ class Learner:
         )
         hidden: Any = self.model.get_input_embeddings().embedding_dim
         self.tag_head = torch.nn.Linear(hidden, 2)
-        self.verdict_head = torch.nn.Linear(hidden, 2)
         self.value_head = torch.nn.Linear(hidden, len(tokenizer))
         self._early: dict[int, torch.Tensor] = {}
         for depth in (FOUND, COMPARED):
@@ -77,7 +75,6 @@ class Learner:
         """All trained parameters, the heads' included."""
         yield from self.model.parameters()
         yield from self.tag_head.parameters()
-        yield from self.verdict_head.parameters()
         yield from self.value_head.parameters()
 
     def learning(self) -> None:
@@ -119,26 +116,20 @@ class Learner:
             seeing, numbers = self._dense(batch, teacher)
             loss = loss + dense * seeing
             parts |= numbers
-        if (batch.verdicts != -100).any():
-            checks, numbers = self._checks(batch)
+        tagged = batch.tags != -100
+        if tagged.any():
+            checks, numbers = self._checks(batch, tagged)
             loss = loss + checks
             parts |= numbers
         return loss, parts
 
-    def _checks(self, batch: Batch) -> tuple[torch.Tensor, dict]:
-        """At labels of stated values the true value; at values and at steps: are they right."""
-        ended = batch.verdicts != -100
-        judged = self.verdict_head(self._early[COMPARED][ended].float())
-        verdict = F.cross_entropy(judged, batch.verdicts[ended])
-        tagged = batch.tags != -100
-        if not tagged.any():  # nothing but coloured shapes
-            return verdict, {"verdict": verdict.item()}
+    def _checks(self, batch: Batch, tagged: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """At labels of stated values: the true value; at the values: whether they are true."""
         compared = self.tag_head(self._early[COMPARED][tagged].float())
         tag = F.cross_entropy(compared, batch.tags[tagged])
         found = self.value_head(self._early[FOUND][:, :-1][tagged[:, 1:]].float())
         value = F.cross_entropy(found, batch.labels[tagged])
-        parts = {"verdict": verdict.item(), "tag": tag.item(), "found": value.item()}
-        return verdict + tag + value, parts
+        return tag + value, {"tag": tag.item(), "found": value.item()}
 
     def _dense(self, batch: Batch, teacher: Teacher) -> tuple[torch.Tensor, dict]:
         """How well each picture token resembles its mark's label and value."""

@@ -44,15 +44,14 @@ class Lesson:
 
     Attributes:
         turns: Texts, the user's first.
-        verdicts: For each step of the paths that a prompt shows, in their order, whether it is
-            right; empty in every other lesson.
+        scoring: Whether the prompt holds paths whose readings can be tagged right or wrong.
         learned: What of the replies can be known: ``all``; ``work``, what follows from the
             prompt and from the values read (there is no picture to read them from); or
             ``results``, only what stands behind an equals sign.
     """
 
     turns: tuple[str, ...]
-    verdicts: tuple[bool, ...] = ()
+    scoring: bool = False
     learned: Literal["all", "work", "results"] = "all"
 
 
@@ -141,7 +140,7 @@ def scoring_lesson(
     marks = [mark(path, question, table) for path in paths]
     shown = render_paths([render_steps(path) for path in paths])
     prompt = PROMPTS.render("score", question=question.text, paths=shown, count=len(paths))
-    return Lesson((prompt, render_scores(marks)), _verdicts(paths, marks))
+    return Lesson((prompt, render_scores(marks)), scoring=True)
 
 
 def shape_lessons(pairs: Sequence[tuple[str, str]], rng: random.Random) -> list[Lesson]:
@@ -172,7 +171,7 @@ def shape_scoring_lesson(pairs: Sequence[tuple[str, str]], rng: random.Random) -
     """One pass over several paths about a coloured shape, some of which saw another one."""
     colour, shape = seen(pairs)
     question, answer = rng.choice(list(pairs))
-    paths, marks = [], []
+    shown, marks = [], []
     for _ in range(rng.randint(1, 4)):
         right = rng.random() < 0.5
         if right:
@@ -181,21 +180,11 @@ def shape_scoring_lesson(pairs: Sequence[tuple[str, str]], rng: random.Random) -
             others = [c for c in COLOURS if c != colour] if rng.random() < 0.6 else []
             other = (rng.choice(others), shape) if others else (colour, _other_form(shape, rng))
             steps = shape_steps(*other, _other_answer(answer, other))
-        paths.append(steps)
+        shown.append(render_steps(steps))
         total = 95 if right else 20
         marks.append(Marks(95, total, 95, total, () if right else (1,)))
-    shown = render_paths([render_steps(path) for path in paths])
-    prompt = PROMPTS.render("score", question=question, paths=shown, count=len(paths))
-    return Lesson((prompt, render_scores(marks)), _verdicts(paths, marks))
-
-
-def _verdicts(paths: Sequence[Sequence[Step]], marks: Sequence[Marks]) -> tuple[bool, ...]:
-    """Whether each step is right, by the steps its path's marks find at fault."""
-    return tuple(
-        number not in found.bad_steps
-        for path, found in zip(paths, marks, strict=True)
-        for number in range(1, len(path) + 1)
-    )
+    prompt = PROMPTS.render("score", question=question, paths=render_paths(shown), count=len(shown))
+    return Lesson((prompt, render_scores(marks)))
 
 
 def shape_steps(colour: str, shape: str, answer: str) -> tuple[Step, Step]:

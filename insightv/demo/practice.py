@@ -33,7 +33,7 @@ def sample_own_paths(
     tokenizer: Any,
     rng: random.Random,
     make: Callable[[random.Random], Chart],
-    questions: int = 1600,
+    questions: int = 640,
     paths: int = 4,
     temperature: float = 0.9,
 ) -> list[Sampled]:

@@ -11,8 +11,7 @@ possible in the better part of an hour on two cores:
 * plain bfloat16 attention and compiled layers (a third of the time of the defaults).
 
 The scorer has dense losses of its own: at every value stated in a path, linear heads tell what
-the picture shows and whether that is what is stated; at the end of every step, whether it is
-right. All heads are thrown away afterwards.
+the picture shows and whether that is what is stated. All heads are thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def lesson_kind(spoken: float, rng: random.Random) -> str:
     if spoken < 0.3:
         return rng.choices(("mixed", "retrieval", "thinking"), (3, 5, 2))[0]
     kinds = ("mixed", "retrieval", "reasoning", "thinking", "scoring")
-    return rng.choices(kinds, (8, 4, 28, 15, 45))[0]
+    return rng.choices(kinds, (12, 8, 35, 25, 20))[0]
 
 
 def train(rank: int, options: Options, meeting: str) -> None:
@@ -111,7 +110,7 @@ def train(rank: int, options: Options, meeting: str) -> None:
         spoken = (done - options.seeing) / (1 - options.seeing)
         if options.start is not None and spoken >= 0:
             spoken = 0.3 + 0.7 * spoken
-        if not teacher.sampled and spoken > (0.5 if options.start is None else 0):
+        if spoken > 0.5 and not teacher.sampled:
             learner.writing()
             teacher.sampled = sample_own_paths(learner.model, tokenizer, teacher.rng, random_chart)
             learner.learning()

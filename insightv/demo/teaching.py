@@ -49,11 +49,7 @@ SHAPES = {"seeing": SEEING, "reasoning": REASONING, "scoring": SCORING, "thinkin
 
 @dataclass
 class Batch:
-    """One batch; ``pictures`` rows of ``PREFIX + text`` tokens (``2 + text`` without pixels).
-
-    ``tags`` (is the value stated here true) and ``verdicts`` (is the step that ends here right)
-    are 1, 0, or -100 where there is nothing to tell.
-    """
+    """One batch; ``pictures`` rows of ``PREFIX + text`` tokens (``2 + text`` without pixels)."""
 
     pixels: torch.Tensor | None
     ids: torch.Tensor
@@ -61,7 +57,6 @@ class Batch:
     mask: torch.Tensor
     labels: torch.Tensor
     tags: torch.Tensor
-    verdicts: torch.Tensor
     patch_labels: torch.Tensor
     patch_values: torch.Tensor
 
@@ -180,7 +175,6 @@ class Teacher:
         positions = np.zeros((rows, length), np.int64)
         labels = np.full((rows, length), -100, np.int64)
         tags = np.full((rows, length), -100, np.int64)
-        verdicts = tags.copy()
         ids[:, : len(prefix)], segment[:, : len(prefix)] = prefix, 0
         positions[:, : len(prefix)] = np.arange(len(prefix))
         turns = [turn for row in lessons for lesson in row for turn in lesson.turns]
@@ -200,9 +194,7 @@ class Teacher:
                 elif lesson.learned == "results":
                     target = self._results(text, target)
                 labels[row, here] = np.where(target, text, -100)
-                if lesson.verdicts:
-                    ends = [k for k, token in enumerate(text) if token in self.closing]
-                    verdicts[row, offset + np.array(ends)] = lesson.verdicts
+                if lesson.scoring:
                     for k, stated, true in self._readings(text, target, charts[row]):
                         tags[row, offset + k] = int(stated == true)
                         labels[row, offset + k] = self.number_ids[true]
@@ -223,7 +215,6 @@ class Teacher:
             mask=mask[:, None],
             labels=torch.from_numpy(labels),
             tags=torch.from_numpy(tags),
-            verdicts=torch.from_numpy(verdicts),
             patch_labels=patch_labels,
             patch_values=patch_values,
         )
