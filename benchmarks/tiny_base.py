@@ -131,7 +131,7 @@ def measure(folder: Path, count: int) -> dict:
     right = [[f == t for f in four] for four, t in zip(found, truths, strict=True)]
     result["sampled, T 0.8"] = by_task(drawn, [float(np.mean(r)) for r in right])
     result["pass@4"] = by_task(drawn, [any(r) for r in right])
-    majority = [max(set(four), key=four.count) for four in found]
+    majority = [max(four, key=four.count) for four in found]  # of equals, the first written
     result["majority of 4"] = by_task(
         drawn, [m == t for m, t in zip(majority, truths, strict=True)]
     )
