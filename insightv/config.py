@@ -329,6 +329,7 @@ def _fingerprint(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
+    _check_config(folder / "config.json")
     _check_weights(folder, weights)
     summed = hashlib.sha256()
     for path in [folder / "config.json", *weights]:
@@ -339,6 +340,20 @@ def _fingerprint(folder: Path) -> str:
                 file.seek(place)
                 summed.update(file.read(_BLOCK))
     return summed.hexdigest()[:16]
+
+
+def _check_config(path: Path) -> None:
+    """Refuses what is no model's configuration.
+
+    Raises:
+        UserError: It is damaged, or does not say what kind of model it is of.
+    """
+    try:
+        kind = json.loads(path.read_text())["model_type"]
+    except (ValueError, TypeError, KeyError):
+        kind = None
+    if not isinstance(kind, str):
+        raise UserError(f"{path} is damaged, or names no model_type; fetch it again")
 
 
 def _check_weights(folder: Path, weights: Sequence[Path]) -> None:

@@ -165,6 +165,8 @@ INDEX = "model.safetensors.index.json"
         (only(""), "needs config.json"),
         (only("config.json"), "*.safetensors"),
         (only("model.safetensors"), "needs config.json"),
+        (written("config.json", '{"model'), "config.json is damaged"),
+        (written("config.json", "[]"), "names no model_type"),
         (cut(-1), "model.safetensors has"),
         (cut(30), "model.safetensors is no safetensors file, or cut off"),
         (cut(0), "model.safetensors is no safetensors file, or cut off"),
