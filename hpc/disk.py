@@ -15,6 +15,16 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
+def told(error: OSError, path: Path | str, failed: str = "cannot write") -> UserError | None:
+    """What to say of a file system's failure that a user can mend; None for any other."""
+    what = f"{path}: {failed} ({os.strerror(error.errno or 0)})"
+    if error.errno in _FULL:
+        return UserError(f"{what}; free some space and run again, what is finished is kept")
+    if error.errno in _CLOSED:
+        return UserError(f"{what}; check the folder's permissions or choose another run directory")
+    return None
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turns the failures of a file system that a user can mend into one line.
@@ -25,18 +35,16 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = os.strerror(error.errno or 0)
-        if error.errno in _FULL:
-            raise UserError(
-                f"{path}: cannot write ({what}); free some space and run again, "
-                "what is finished is kept"
-            ) from error
-        if error.errno in _CLOSED:
-            raise UserError(
-                f"{path}: cannot write ({what}); check the folder's permissions "
-                "or choose another run directory"
-            ) from error
+        if (problem := told(error, path)) is not None:
+            raise problem from error
         raise
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say of a file that is there and cannot be read."""
+    return UserError(
+        f"{path}: cannot be read ({error.strerror}); check its permissions, and its disk"
+    )
 
 
 def make_folder(path: Path) -> Path:

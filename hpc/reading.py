@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hpc.disk import unreadable
 from hpc.errors import UserError
 from hpc.frames import Entry, ShardError, read_frames
 from hpc.sidecars import SUFFIX, Sidecar, keys_digest, list_folder, read_sidecar, shard_path
@@ -206,6 +207,8 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb", buffering=0)
     except FileNotFoundError:
         raise ShardError(path, 0, "there is no such shard") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _cut(file: BinaryIO, path: Path, size: int, sidecar: Sidecar) -> ShardError:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from hpc.disk import disk_errors, write_atomic
+from hpc.disk import disk_errors, unreadable, write_atomic
 from hpc.frames import ShardError
 
 SUFFIX = ".jsonl.zst"
@@ -69,17 +69,21 @@ def read_sidecar(shard: Path) -> Sidecar:
 
     Raises:
         ShardError: It is missing or no sidecar.
+        UserError: It may not be read.
     """
     path = sidecar_path(shard)
     try:
         value = json.loads(path.read_bytes())
-        if sorted(value) != sorted(field.name for field in fields(Sidecar)):
+        kinds = {field.name: field.type for field in fields(Sidecar)}
+        if {name: type(held).__name__ for name, held in value.items()} != kinds:
             raise ValueError
         return Sidecar(**value)
     except (FileNotFoundError, NotADirectoryError):
         there = "its sidecar is missing" if shard.exists() else "there is no such shard"
         raise ShardError(shard, 0, there) from None
-    except (ValueError, TypeError):
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, AttributeError):
         raise ShardError(path, 0, "not a sidecar") from None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc import gates
 from hpc.rundir import CANCELLED, STOPPED, Chain, RunDir, read_json
-from hpc.shards import sidecars
+from hpc.shards import ShardError, list_folder, read_sidecar, shard_path, sidecars
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,6 +123,28 @@ def status(chain: Chain, jobs: Mapping[str, JobCounts] | None = None) -> dict[st
     else:
         state, reason = "incomplete", ""
     return {"run": str(run.path), "state": state, "reason": reason, "stages": stages}
+
+
+def check_sizes(chain: Chain) -> None:
+    """Compares each shard's size with its sidecar's: what a full disk or a copy has cut off.
+
+    Looks at names and sizes alone, so it costs little; ``shards verify`` reads every byte.
+    Shards that are not there make their stage incomplete, which `status` tells.
+
+    Raises:
+        ShardError: The first shard of another size.
+    """
+    for name in chain.stages:
+        directory = chain.run.shards(name)
+        folder = list_folder(directory)
+        for index in sorted(folder.complete & folder.files):
+            path = shard_path(directory, index)
+            try:
+                wanted, size = read_sidecar(path).bytes, path.stat().st_size
+            except FileNotFoundError:
+                continue  # its stage is being made again
+            if size != wanted:
+                raise ShardError(path, size, f"has {size} of {wanted} bytes")
 
 
 def board(found: dict[str, Any]) -> Table:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hpc.context import RunContext, Signals
-from hpc.disk import write_atomic
+from hpc.disk import told, write_atomic
 from hpc.errors import UserError
 from hpc.gates import REQUEUE
 from hpc.mapping import Pace, Worker
@@ -57,9 +57,17 @@ def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
             return _run_job(chain, stage, context, signals)
         except UserError:
             raise
-        except Exception:
+        except Exception as error:
+            # Whatever a payload was writing where it met a full disk: that is no fault of it.
+            if isinstance(error, OSError) and (problem := told(error, _place(error, chain))):
+                raise problem from error
             traceback.print_exc(file=sys.stderr)
             return 1
+
+
+def _place(error: OSError, chain: Chain) -> str:
+    """Which file it was about, or at least which run."""
+    return str(error.filename or chain.run.path)
 
 
 def _pace() -> Pace:

@@ -263,7 +263,7 @@ class _Stages:
                 ),
                 {**of_paths, "summary": shaping(summary)},
             )
-        return lambda groups, plain, n: curation.plain_set(plain, texts, None, seed, n), {}
+        return lambda groups, plain, n: curation.plain_samples(plain, texts, None, seed, n), {}
 
     # ---- preference optimisation
 

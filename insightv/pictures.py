@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,13 @@ from hpc.errors import RecordError, UserError
 
 PACK_BYTES = 256 * 2**20
 """A new pack is begun beyond this size."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What is decoded. The library knows dozens more, some of which start other programs."""
+PIXELS = 64_000_000
+"""The largest picture that is decoded: 8,000 × 8,000, some 200 MB. A small file may hold more."""
+
+# It warns of large pictures on stderr, which nobody reads; they are refused here by name.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class PictureWriter:
@@ -127,8 +135,12 @@ def decode(data: bytes, name: str) -> Image.Image:
         RecordError: Not a picture, cut off, or too large to be decoded safely.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise RecordError(f"picture {name} cannot be decoded: {error}") from None
-    return image.convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height <= PIXELS:
+            return image.convert("RGB")
+        reason = f"{image.width} x {image.height} pixels, at most {PIXELS:,} are taken"
+    except UnidentifiedImageError:
+        reason = "empty" if not data else f"none of {', '.join(FORMATS)}"
+    except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, …
+        reason = " ".join(str(error).split()) or type(error).__name__
+    raise RecordError(f"picture {name} cannot be decoded: {reason}")

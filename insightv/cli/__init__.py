@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from hpc.disk import told
 from hpc.errors import UserError
 from insightv.cli import check, cluster, models, runs, shards, training
 
@@ -76,12 +77,23 @@ def _status() -> int:
     except typer.Abort:
         status = _INTERRUPTED
     except BrokenPipeError:
-        # The reader has left (`… | head`); Python must not complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()  # the reader has left (`… | head`)
         return 0
+    except OSError as error:
+        problem = told(error, error.filename or "the disk", "cannot be read or written")
+        if problem is None:
+            raise
+        if error.filename is None:  # it may have been the standard output
+            _forget_output()
+        return _say(str(problem))
     if status == _INTERRUPTED:  # typer turns Ctrl-C into this status
         print("insightv: interrupted; the same command goes on from here", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def _forget_output() -> None:
+    """Keeps Python from complaining when it flushes the standard output at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str) -> int:

@@ -89,7 +89,9 @@ def make(
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
     from hpc.progress import Bars
+    from hpc.status import check_sizes
 
+    check_sizes(chain)
     standing = gates.standing(chain)
     if all(standing.values()):
         print(f"{chain.run.path}: complete, nothing to do")
@@ -211,10 +213,11 @@ def status(
     """Show what stands where."""
     from rich.live import Live
 
-    from hpc.status import board
+    from hpc.status import board, check_sizes
     from insightv.cli.rehearsal import comparison
 
     chain = opened(directory)
+    check_sizes(chain)
     if as_json or not watch:
         while True:
             found = _look(chain)

@@ -14,13 +14,12 @@ from insightv.curation.controls import (
     direct_set,
     multi_turn_set,
     parse_direct,
-    plain_set,
     render_direct,
     union_set,
 )
 from insightv.curation.groups import Group, Groups, PlainQuestions
 from insightv.curation.pairs import PairConfig, preference_pairs
-from insightv.curation.reasoning import ReasoningSetConfig, reasoning_set
+from insightv.curation.reasoning import ReasoningSetConfig, plain_samples, reasoning_set
 from insightv.curation.summary import SummarySetConfig, summary_set
 
 __all__ = [
@@ -33,7 +32,7 @@ __all__ = [
     "direct_set",
     "multi_turn_set",
     "parse_direct",
-    "plain_set",
+    "plain_samples",
     "preference_pairs",
     "reasoning_set",
     "render_direct",

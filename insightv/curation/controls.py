@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from insightv.agents import final_messages, reasoning_messages
 from insightv.curation.groups import Groups, Judged, PlainQuestions
 from insightv.curation.reasoning import (
     ReasoningSetConfig,
     path_set,
-    plain_samples,
     reasoning_set,
     with_prefix,
 )
@@ -42,30 +42,6 @@ def parse_direct(text: str) -> tuple[str, str]:
     return text[: found[-1].start()].strip(), answer.strip().strip("*`").strip()
 
 
-def direct_set(
-    config: ReasoningSetConfig,
-    groups: Groups,
-    plain: PlainQuestions,
-    prompts: Prompts,
-    seed: int,
-    counts: Counter[str],
-) -> Iterator[TrainingSample]:
-    """One model that reasons and answers in one turn, on the reasoning set's own paths."""
-    return path_set(config, groups, plain, prompts, seed, counts, "direct:best", _direct)
-
-
-def multi_turn_set(
-    config: ReasoningSetConfig,
-    groups: Groups,
-    plain: PlainQuestions,
-    prompts: Prompts,
-    seed: int,
-    counts: Counter[str],
-) -> Iterator[TrainingSample]:
-    """One model with two supervised turns, the steps and the final answer, on the same paths."""
-    return path_set(config, groups, plain, prompts, seed, counts, "multi_turn:best", _multi_turn)
-
-
 def union_set(
     reasoning: ReasoningSetConfig,
     summary: SummarySetConfig,
@@ -89,13 +65,6 @@ def union_set(
     counts.update({f"summary: {name}": count for name, count in second.items()})
 
 
-def plain_set(
-    plain: PlainQuestions, prompts: Prompts, size: int | None, seed: int, counts: Counter[str]
-) -> Iterator[TrainingSample]:
-    """Plain question answering alone: what the replay is worth without any reasoning."""
-    return plain_samples(plain, prompts, size, seed, counts)
-
-
 def _direct(prompts: Prompts, question: Question, judged: Judged) -> tuple[Message, ...]:
     text = render_direct(judged.path.steps, question.answer)
     return (*reasoning_messages(prompts, question), Message("assistant", text, train=True))
@@ -105,3 +74,10 @@ def _multi_turn(prompts: Prompts, question: Question, judged: Judged) -> tuple[M
     *asked, steps, final = final_messages(prompts, question, judged.text)
     turn = Message("assistant", steps.text, train=True)
     return (*asked, turn, final, Message("assistant", question.answer, train=True))
+
+
+direct_set = partial(path_set, kind="direct:best", render=_direct)
+"""One model that reasons and answers in one turn, on the reasoning set's own paths."""
+
+multi_turn_set = partial(path_set, kind="multi_turn:best", render=_multi_turn)
+"""One model with two supervised turns, the steps and the final answer, on the same paths."""

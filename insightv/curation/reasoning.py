@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from hpc.errors import UserError
 from insightv.agents import direct_messages, reasoning_messages
@@ -83,34 +84,6 @@ class ReasoningSetConfig:
             raise UserError(f"reasoning_set.size is {self.size}: use 0 or more, or null for all")
 
 
-def reasoning_set(
-    config: ReasoningSetConfig,
-    groups: Groups,
-    plain: PlainQuestions,
-    prompts: Prompts,
-    seed: int,
-    counts: Counter[str],
-) -> Iterator[TrainingSample]:
-    """The set for the reasoning agent: its prompt, then the steps as one supervised turn.
-
-    Args:
-        config: Threshold, caps, replay.
-        groups: Questions with paths, verdicts and scores. One pass; one more each for a
-            percentile and for a size.
-        plain: Questions for replay.
-        prompts: The set the agent will be asked with.
-        seed: Of the draws.
-        counts: Filled with what came in, was dropped, was kept.
-
-    Yields:
-        The reasoning samples, then the plain ones.
-
-    Raises:
-        UserError: A value of ``config`` is not possible.
-    """
-    return path_set(config, groups, plain, prompts, seed, counts, "reasoning:best", _render)
-
-
 def path_set(
     config: ReasoningSetConfig,
     groups: Groups,
@@ -121,9 +94,26 @@ def path_set(
     kind: str,
     render: Render,
 ) -> Iterator[TrainingSample]:
-    """The best paths in any form of training turn, with replay; see ``reasoning_set``.
+    """The best paths in some form of training turn, then the plain samples of the replay.
 
     The same paths are chosen whatever the form, so that forms can be compared.
+
+    Args:
+        config: Threshold, caps, replay.
+        groups: Questions with paths, verdicts and scores. One pass; one more each for a
+            percentile and for a size.
+        plain: Questions for replay.
+        prompts: The set the agent will be asked with.
+        seed: Of the draws.
+        counts: Filled with what came in, was dropped, was kept.
+        kind: What the samples are called.
+        render: The turns of one sample.
+
+    Yields:
+        The samples made of paths, then the plain ones.
+
+    Raises:
+        UserError: A value of ``config`` is not possible.
     """
     config.validate()
     kept = 0
@@ -185,6 +175,10 @@ def triples(judged: Judged) -> frozenset[str]:
 def _render(prompts: Prompts, question: Question, judged: Judged) -> tuple[Message, ...]:
     turn = Message("assistant", judged.text, train=True)
     return (*reasoning_messages(prompts, question), turn)
+
+
+reasoning_set = partial(path_set, kind="reasoning:best", render=_render)
+"""The set for the reasoning agent: its prompt, then the steps as one supervised turn."""
 
 
 def _best(

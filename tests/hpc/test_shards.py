@@ -198,7 +198,16 @@ def test_sidecar_missing_or_bad(tmp_path):
     path = sample(tmp_path)
     sidecar = sidecar_path(path)
     good = sidecar.read_text()
-    for bad in ("", "{", "[]", "7", "null", '{"rows": 1}', good.replace("rows", "rowz")):
+    for bad in (
+        "",
+        "{",
+        "[]",
+        "7",
+        "null",
+        '{"rows": 1}',
+        good.replace("rows", "rowz"),
+        good.replace(": ", ': "', 1).replace(", ", '", ', 1),
+    ):
         sidecar.write_text(bad)
         with pytest.raises(ShardError, match="not a sidecar"):
             list(read_rows(tmp_path))
@@ -504,3 +513,13 @@ def test_shard_paths(tmp_path):
     assert [list(shards.cat(path)) for path in expected] == [[], []]
     with pytest.raises(UserError, match="no shards here"):
         shards.shard_paths(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".json"])
+def test_what_cannot_be_opened_is_named(suffix, tmp_path):
+    write_groups(tmp_path, [("k", [{}])])
+    path = tmp_path / f"00000{suffix}"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=rf"{path}: cannot be read \(Is a directory\)"):
+        verify(shard_path(tmp_path, 0))

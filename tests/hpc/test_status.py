@@ -18,8 +18,8 @@ from hpc.errors import UserError  # noqa: E402
 from hpc.progress import Bars  # noqa: E402
 from hpc.retention import clean, size  # noqa: E402
 from hpc.rundir import STOPPED, Chain, RunDir  # noqa: E402
-from hpc.shards import read_rows  # noqa: E402
-from hpc.status import Advance, advance, board, duration, status  # noqa: E402
+from hpc.shards import ShardError, read_rows, shard_path, sidecar_path  # noqa: E402
+from hpc.status import Advance, advance, board, check_sizes, duration, status  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,19 @@ def test_a_stage_without_its_parent_is_outdated(chain: Chain) -> None:
     assert states["double"] == "incomplete" and states["square"] == "complete"
     assert states["total"] == states["triple"] == "outdated"
     assert advance(chain, "double") == Advance(40, 40, 10, 10, 4, {})
+
+
+def test_a_cut_shard_is_named_without_reading_it(chain: Chain) -> None:
+    check_sizes(chain)
+    shard = shard_path(chain.run.shards("double"), 7)
+    whole = shard.read_bytes()
+    for cut in (b"", whole[:-1], whole + b"0"):
+        shard.write_bytes(cut)
+        with pytest.raises(ShardError, match=rf"{shard}: has {len(cut)} of {len(whole)} bytes"):
+            check_sizes(chain)
+    shard.write_bytes(whole)
+    sidecar_path(shard).unlink()
+    check_sizes(chain)  # not complete, which the board tells
 
 
 def test_clean_deletes_what_can_be_missed(chain: Chain) -> None:

@@ -490,3 +490,13 @@ def test_job(tmp_path):
     assert work(chain, "second") == 1 and not counts.exists()
     chain.run.mark(CANCELLED)
     assert work(chain, "second") == 77
+
+
+def test_a_job_that_meets_a_full_disk(tmp_path):
+    def run(context):
+        Path("/dev/full").write_text("rows")
+
+    chain = Chain([Stage("only", "job", run=run)], RunDir(tmp_path), ["x"])
+    with pytest.raises(UserError, match=rf"{tmp_path}: cannot write .*free some space"):
+        work(chain, "only")
+    assert not chain.run.counts("only").exists()

@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from hpc.config import dump, load
 from hpc.errors import UserError
@@ -163,11 +165,10 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
     for name in ("one", "two", "three"):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(bytes(300_000))
-    data = bytearray(300_000)
-    data[200_000] = 1
-    (tmp_path / "three" / "model.safetensors").write_bytes(data)
+        (folder / "config.json").write_text('{"model_type": "llava"}')
+        weights = np.zeros(300_000, np.uint8)
+        weights[200_000] = name == "three"
+        save_file({"weight": weights}, folder / "model.safetensors")
     one, two, three = (
         make(tmp_path, f"models.base.path={tmp_path / name}") for name in ("one", "two", "three")
     )

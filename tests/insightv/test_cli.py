@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from hpc.config import dump
 from hpc.rundir import RunDir
@@ -123,19 +126,70 @@ def test_unwritable_run_directory(insightv, tmp_path):
     refused(insightv("run", SMOKE, "--run-dir", tmp_path / "file" / "run"), "cannot write")
 
 
-def test_wrong_model_folders(insightv, tmp_path):
+def tensors(path: Path) -> None:
+    save_file({"weight": np.zeros((8, 8), np.float32)}, path)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A folder that looks like a model from outside, of a kind that reads text alone."""
     folder = tmp_path / "model"
     folder.mkdir()
-    refused(insightv("run", SMOKE, f"models.base.path={folder}"), "is no model")
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    (folder / "model.safetensors").write_bytes(b"\0" * 64)
+    tensors(folder / "model.safetensors")
+    return folder
+
+
+def only(name: str) -> Callable[[Path], None]:
+    return lambda folder: [path.unlink() for path in folder.iterdir() if path.name != name]
+
+
+def written(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut(length: int) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:length])
+
+    return change
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (only(""), "needs config.json"),
+        (only("config.json"), "*.safetensors"),
+        (only("model.safetensors"), "needs config.json"),
+        (written("config.json", '{"model'), "config.json is damaged"),
+        (written("config.json", "[]"), "names no model_type"),
+        (cut(-1), "model.safetensors has"),
+        (cut(30), "model.safetensors is no safetensors file, or cut off"),
+        (cut(0), "model.safetensors is no safetensors file, or cut off"),
+        (written("model.safetensors", "version https://git-lfs.github.com/spec/v1"), "cut off"),
+        (written(INDEX, '{"weight_map": {"a": "b.safetensors"}}'), "lacks b.safetensors"),
+        (written(INDEX, "{"), "is no index"),
+    ],
+)
+def test_wrong_model_folders_are_named_before_any_work(change, told, insightv, model, tmp_path):
+    change(model)
+    words = [f"models.base.path={model}", "--run-dir", tmp_path / "run"]
+    refused(insightv("run", SMOKE, *words), "models.base.path", str(model), told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_another_kind(insightv, model, tmp_path):
     run_dir = tmp_path / "run"
     words = ["evaluation.entries=[base]", "questions.charts.test=2", "questions.shapes.test=0"]
-    words += [f"models.base.path={folder}", "--run-dir", run_dir]
+    words += [f"models.base.path={model}", "--run-dir", run_dir]
     result = insightv("run", SMOKE, *words)
     assert result[0] == 2
     last = result[2].splitlines()[-1]
-    assert last.startswith("insightv: stage ") and str(folder) in last
+    assert last.startswith("insightv: stage ") and str(model) in last
     assert "Traceback" not in result[2]
 
 
@@ -229,6 +283,15 @@ def test_damaged_shards_are_refused_by_name(damage, command, insightv, shard):
     refused(insightv("shards", command, shard), "00000.jsonl.zst")
 
 
+@pytest.mark.parametrize("command", ["status", "run", "retry"])
+def test_a_cut_shard_of_a_run_is_refused_by_name(command, insightv, run):
+    write_groups(run / "stages" / "questions-train" / "shards", [("k", [{"text": "t" * 50}])])
+    shard = run / "stages" / "questions-train" / "shards" / "00000.jsonl.zst"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    words = [SMOKE, "--run-dir", run] if command == "run" else [run]
+    refused(insightv(command, *words), str(shard), "shards repair")
+
+
 def test_repair_keeps_the_whole_frames(insightv, shard):
     truncate(shard)
     status, out, _ = insightv("shards", "repair", shard)
@@ -251,6 +314,12 @@ def test_a_reader_that_leaves_is_no_error(shard):
     command = f"{sys.executable} -m insightv shards cat {shard} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True)
     assert done.stderr == b"" and done.stdout.count(b"\n") == 1
+
+
+def test_output_onto_a_full_disk_ends_in_one_line(shard):
+    command = f"{sys.executable} -m insightv shards cat {shard} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    refused((done.returncode, "", done.stderr), "No space left on device")
 
 
 def test_interrupt_leaves_cleanly_and_the_same_command_goes_on(tmp_path):

@@ -19,7 +19,7 @@ from insightv.curation import (
     direct_set,
     multi_turn_set,
     parse_direct,
-    plain_set,
+    plain_samples,
     preference_pairs,
     reasoning_set,
     render_direct,
@@ -280,8 +280,8 @@ def test_the_union_holds_both_agents_sets_under_their_own_keys():
 
 def test_the_plain_set():
     counts = Counter()
-    assert len(list(plain_set(plain(), PROMPTS, 20, 1, counts))) == counts["plain kept"] == 20
-    assert len(list(plain_set(plain(), PROMPTS, None, 1, Counter()))) == 50
+    assert len(list(plain_samples(plain(), PROMPTS, 20, 1, counts))) == counts["plain kept"] == 20
+    assert len(list(plain_samples(plain(), PROMPTS, None, 1, Counter()))) == 50
 
 
 @pytest.mark.parametrize(
