@@ -1,7 +1,8 @@
 """The text of a batch job: directives, variables, and the host bash around one payload command.
 
 Control stays outside, the payload inside: it says by its exit status what it wants (0 done, 75
-queue me again, 76 this gate wants a retry, 77 stop the chain), and bash alone talks to Slurm.
+queue me again, 76 this gate wants a retry, 77 stop the chain, 78 this worker finds nothing left to
+take), and bash alone talks to Slurm.
 That bash stands in ``hpc/executors/host``. A run keeps a copy, in a folder named by its digest, and
 its scripts read that: whatever becomes of the package, jobs in the queue stay what they were.
 """
@@ -231,6 +232,7 @@ def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:
         "PYTHONNOUSERSITE": "1",
         "HF_HUB_OFFLINE": "1",
         "HPC_LEASE_TTL": f"{profile.lease_ttl:g}",
+        "HPC_LINGER": f"{profile.linger:g}",
         "HPC_STALL": f"{profile.stall:g}",
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.threads)),
     }

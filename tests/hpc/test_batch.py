@@ -139,6 +139,28 @@ def test_a_script_by_hand_finds_its_run(tmp_path: Path) -> None:
     assert entry["name"] == f"{naming.prefix(made.run)}-numbers-a0"
 
 
+@pytest.mark.parametrize(("status", "swept"), [(0, True), (gates.SPARE, False)])
+def test_a_worker_that_nobody_needs_ends_well(tmp_path: Path, status: int, swept: bool) -> None:
+    """Only a worker of a complete stage sends the waiting ones away."""
+    chain = counting.open_chain(tmp_path / "run", ["small=true"])
+    naming.make_id(chain.run)
+    write_host(chain.run.path / "slurm")
+    asked = Profile(program=["bash", "-c", f"exit {status}"])
+    work = next(item for item in plan_of(chain, asked) if item.file == "double")
+    done = subprocess.run(
+        ["bash", "-c", work.text],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "SLURM_JOB_ID": "7",
+            "SLURM_ARRAY_JOB_ID": "6",
+            "SLURM_ARRAY_TASK_ID": "1",
+        },
+    )
+    (entry,) = [entry for entry in chain.run.read_jobs() if entry.get("event") == "ended"]
+    assert done.returncode == 0 and (entry["job"], entry["status"]) == ("6_1", 0)
+    assert (chain.run.path / "slurm" / "swept-6").exists() == swept
+
+
 def test_another_version_changes_no_job_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,18 @@ def test_a_complete_run(complete: Chain) -> None:
     assert "double" in text and "complete" in text and "36" in text
 
 
+def test_what_jobs_have_used(complete: Chain) -> None:
+    double, first = {"node": 1.0, "core": 8.0, "gpu": 4.0}, {"node": 0.5, "core": 0.5, "gpu": 0.0}
+    found = status(complete, {}, {"double": double, "preflight": first})
+    assert found["hours"] == {"node": 1.5, "core": 8.5, "gpu": 4.0}
+    entries = {entry["name"]: entry for entry in found["stages"]}
+    assert entries["double"]["hours"] == double
+    assert entries["double"]["rows_per_gpu_hour"] == pytest.approx(36 / 4)
+    assert entries["total"]["hours"]["gpu"] == 0 and "rows_per_gpu_hour" not in entries["total"]
+    text = shown(board(found), 140)
+    assert "GPU-h" in text and "core-hours: 8.5" in text
+
+
 def test_a_run_that_never_began(tmp_path: Path) -> None:
     found = status(counting.open_chain(tmp_path))
     assert found["state"] == "incomplete"

@@ -9,10 +9,12 @@ else
   run "${payload[@]}"
 fi
 
+others=
+[ "$status" != 78 ] || status=0 others=busy  # with all that is left: this worker ended well
 ended
 case $status in
   0)  # The stage is complete: its pending workers would find nothing to do. One asks for all.
-    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && mkdir "$run/slurm/swept-$SLURM_ARRAY_JOB_ID" 2>/dev/null
+    if [ -z "$others" ] && [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && mkdir "$run/slurm/swept-$SLURM_ARRAY_JOB_ID" 2>/dev/null
     then slurm scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"; fi ;;
   75|138) again ;;
 esac
