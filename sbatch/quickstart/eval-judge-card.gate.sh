@@ -16,7 +16,7 @@
 #SBATCH --time=10
 
 # setup
-export PYTHONUNBUFFERED=1 PYTHONNOUSERSITE=1 HF_HUB_OFFLINE=1 HPC_LEASE_TTL=60 HPC_STALL=1800 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+export PYTHONUNBUFFERED=1 PYTHONNOUSERSITE=1 HF_HUB_OFFLINE=1 HPC_LEASE_TTL=60 HPC_LINGER=60 HPC_STALL=1800 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Submitted from the run directory, under a name with the run's id; see chain.sh
 run=$SLURM_SUBMIT_DIR
 prefix=iv-$(cat "$run/slurm/id")
@@ -35,4 +35,4 @@ payload=(insightv gate "$run" eval-judge-card 0 0)
 
 # command
 # It runs the payload and tells Slurm what that wants. Where a node cannot see it yet:
-for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-5ff6f6b935b0/gate.sh"; done
+for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-471cdb92aba4/gate.sh"; done
