@@ -102,6 +102,7 @@ def status(
     Returns:
         ``{"run", "state", "reason", "stages": [{"name", "kind", "state", "inputs",
         "shards": {"done", "total"}, "rows", "errors", "seconds", "rate", "numbers"}, …]}``,
+        for a stage at work ``"eta"``, the seconds it still takes at its rate,
         on a cluster also ``"jobs": {"running", "pending", "held", "why"}``, ``"hours": {"node",
         "core", "gpu"}`` and, where it used GPUs, ``"rows_per_gpu_hour"`` for each stage, and
         ``"jobs"`` and ``"hours"`` of all together.
@@ -132,7 +133,12 @@ def status(
         state, reason = "stopped", stopped
     else:
         state, reason = "incomplete", ""
-    found = {"run": str(run.path), "state": state, "reason": reason, "stages": stages}
+    found: dict[str, Any] = {
+        "run": str(run.path),
+        "state": state,
+        "reason": reason,
+        "stages": stages,
+    }
     if jobs is not None:
         found["jobs"] = asdict(_together(jobs.values()))
         if state == "running" and (held := found["jobs"]["held"]):
@@ -188,7 +194,7 @@ def board(found: dict[str, Any]) -> Table:
             _of(inputs["done"], inputs["total"]),
             f"{entry['rows']:,}" if entry["rows"] else "",
             Text(f"{entry['errors']:,}", style="red") if entry["errors"] else "",
-            duration(entry["seconds"]) if entry["seconds"] else "",
+            _time(entry),
             f"{entry['rate']:.3g}/s" if entry["rate"] else "",
             *([_jobs(entry["jobs"])] if on_cluster else []),
             *([_few(entry["hours"][kind])] if kind is not None else []),
@@ -245,6 +251,9 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
         }
     now, made = advance(chain, name), sidecars(run.shards(name)).values()
     seconds = begun["spent"] + (time.time() - begun["since"] if active else 0.0)
+    rate = now.done / seconds if seconds else 0.0
+    if active and rate and now.total:
+        entry["eta"] = (now.total - now.done) / rate
     return entry | {
         "state": "running" if active else "incomplete",
         "shards": {"done": now.shards, "total": now.of_shards},
@@ -252,9 +261,17 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
         "rows": sum(sidecar.rows for sidecar in made),
         "errors": now.errors,
         "seconds": seconds,
-        "rate": now.done / seconds if seconds else 0.0,
+        "rate": rate,
         "numbers": now.numbers,
     }
+
+
+def _time(entry: dict[str, Any]) -> str:
+    """How long a stage took, or has taken and will take at this rate."""
+    if not entry["seconds"]:
+        return ""
+    left = f" of {duration(entry['seconds'] + entry['eta'])}" if "eta" in entry else ""
+    return f"{duration(entry['seconds'])}{left}"
 
 
 def _jobs(counts: dict[str, Any]) -> str:

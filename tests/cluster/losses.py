@@ -53,11 +53,11 @@ def losses(cluster: Testbed, seed: int, kills: int) -> list[Loss]:
     asked = profile()
     asked.cpu.workers, asked.gate.retries = 4, kills
     run = Run(cluster, asked)
-    size = (f"n={160 * kills}", "per_shard=120", "workers=4", "pause=2.0", f"only={STAGE}")
+    size = (f"n={100 * kills}", "per_shard=100", "workers=4", "pause=2.0", f"only={STAGE}")
     run.submit("small=true", "calls=true", *size)
     struck: list[tuple[str, str, float]] = []
     while len(struck) < kills:
-        time.sleep(draw.uniform(10, 50))
+        time.sleep(draw.uniform(20, 60))
         told = {call[3] for call in calls(run)}
         killed = {job for _, job, _ in struck}
         found = {job: process for process in run.payloads(STAGE) if (job := _job(process)) in told}
@@ -72,6 +72,7 @@ def losses(cluster: Testbed, seed: int, kills: int) -> list[Loss]:
             found[job].kill()
         else:
             cluster.run("scontrol", "requeue", job)
+    run.wait(3000)
     run.check()
     return [_loss(run, *item) for item in struck]
 

@@ -18,8 +18,8 @@ from hpc.errors import UserError  # noqa: E402
 from hpc.progress import Bars  # noqa: E402
 from hpc.retention import clean, size  # noqa: E402
 from hpc.rundir import STOPPED, Chain, RunDir  # noqa: E402
-from hpc.shards import read_rows  # noqa: E402
-from hpc.status import Advance, advance, board, duration, status  # noqa: E402
+from hpc.shards import read_rows, shard_path, sidecar_path  # noqa: E402
+from hpc.status import Advance, JobCounts, advance, board, duration, status  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,22 @@ def test_what_jobs_have_used(complete: Chain) -> None:
     assert entries["total"]["hours"]["gpu"] == 0 and "rows_per_gpu_hour" not in entries["total"]
     text = shown(board(found), 140)
     assert "GPU-h" in text and "core-hours: 8.5" in text
+
+
+def test_a_stage_at_work_on_a_cluster(chain: Chain) -> None:
+    chain.run.manifest("double").unlink()
+    shard = shard_path(chain.run.shards("double"), 3)
+    sidecar_path(shard).unlink()
+    shard.unlink()
+    held = JobCounts(pending=2, held=2, why="launch failed requeued held")
+    found = status(chain, {"double": JobCounts(running=1, pending=1, why="Resources"), "x": held})
+    double = next(entry for entry in found["stages"] if entry["name"] == "double")
+    assert (double["state"], double["inputs"]) == ("running", {"done": 36, "total": 40})
+    assert double["eta"] == pytest.approx(4 / 36 * double["seconds"])
+    assert found["jobs"] == {"running": 1, "pending": 3, "held": 2, "why": held.why}
+    assert found["state"] == "running" and "2 held (launch failed" in found["reason"]
+    text = shown(board(found), 160)
+    assert "1 run, 1 wait (Resources)" in text and " of " in text and "scontrol release" in text
 
 
 def test_a_run_that_never_began(tmp_path: Path) -> None:
