@@ -34,5 +34,6 @@ dependents=("r0-score questions-train r0-generate r0-judge" "set-direct question
 payload=(insightv gate "$run" r0-judge 0 0)
 
 # command
-# It runs the payload and tells Slurm what that wants. Where a node cannot see it yet:
-for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-471cdb92aba4/gate.sh"; done
+# This runs the payload, does what its exit status asks, and exits. It is read again only
+# where a node cannot see it yet.
+for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-530eeee22e38/gate.sh"; done

@@ -30,5 +30,6 @@ requeues=100 patience=600
 payload=(insightv work "$run" r1-judge)
 
 # command
-# It runs the payload and tells Slurm what that wants. Where a node cannot see it yet:
-for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-471cdb92aba4/work.sh"; done
+# This runs the payload, does what its exit status asks, and exits. It is read again only
+# where a node cannot see it yet.
+for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-530eeee22e38/work.sh"; done

@@ -34,5 +34,6 @@ dependents=("eval-multi-turn questions-test sft-multi-turn" "results questions-t
 payload=(insightv gate "$run" sft-multi-turn 0 0)
 
 # command
-# It runs the payload and tells Slurm what that wants. Where a node cannot see it yet:
-for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-471cdb92aba4/gate.sh"; done
+# This runs the payload, does what its exit status asks, and exits. It is read again only
+# where a node cannot see it yet.
+for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-530eeee22e38/gate.sh"; done
