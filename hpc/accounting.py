@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hpc.naming import parse_name
+from hpc.rundir import RunDir
 from hpc.slurm import Spent
 
 Note = Mapping[str, Any]
@@ -50,6 +52,15 @@ def totals(used: Iterable[Spent]) -> dict[str, float]:
         for key, count in (("node", item.nodes), ("core", item.cores), ("gpu", item.gpus)):
             hours[key] += item.seconds * count / 3600
     return hours
+
+
+def by_stage(run: RunDir, used: Iterable[Spent]) -> dict[str, dict[str, float]]:
+    """Node-, core- and GPU-hours of each stage's jobs, its gates' included."""
+    found: dict[str, list[Spent]] = defaultdict(list)
+    for item in used:
+        if parsed := parse_name(run, item.name):
+            found[parsed[0]].append(item)
+    return {stage: totals(items) for stage, items in found.items()}
 
 
 def _until_a_look(begun: Note, notes: Sequence[Note], now: float) -> float:

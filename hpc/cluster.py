@@ -161,6 +161,9 @@ class Profile:
         export: Variables that jobs inherit from whoever submits; no others pass.
         scratch: A folder on each node for temporary files; empty: the node's own TMPDIR.
         lease_ttl: Seconds without a heartbeat after which a dead worker's shard is taken over.
+        linger: Seconds after which a worker without work leaves its node to others, once every
+            shard that is left is in the hands of a worker that lives. What such a worker does not
+            finish, a busy one takes over, or the next attempt.
         stall: Seconds without progress after which a payload is taken for hung: a worker is
             robbed of its shards and ends itself after twice as long; a training prints every
             thread's stack and is queued again. Must exceed the loading of a model and the
@@ -190,6 +193,7 @@ class Profile:
     export: list[str] = field(default_factory=lambda: list(EXPORTED))
     scratch: str = ""
     lease_ttl: float = 60.0
+    linger: float = 60.0
     stall: float = 1800.0
     notify: str = ""
     requeues: int = 100
@@ -215,10 +219,12 @@ class Profile:
             self.submit.per_second <= 0
             or self.submit.patience < 0
             or self.lease_ttl <= 0
+            or self.linger < 0
             or self.stall <= 0
         ):
             raise UserError(
-                "submit.per_second, submit.patience, lease_ttl and stall: give positive numbers"
+                "submit.per_second, submit.patience, lease_ttl, linger and stall: "
+                "give positive numbers"
             )
         for name in self.export:
             if not _VARIABLE.fullmatch(name):

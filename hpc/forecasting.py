@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc import gates
-from hpc.accounting import spent, totals
+from hpc.accounting import by_stage, spent
 from hpc.cluster import Profile
-from hpc.naming import parse_name
 from hpc.retention import size
 from hpc.rundir import Chain, RunDir, read_json, write_json
 from hpc.shards import sidecars
-from hpc.slurm import Spent
 from hpc.stages import Stage
 
 _UNKNOWN_SPREAD = 0.25  # of a stage with too few shards to tell
@@ -371,16 +369,13 @@ def compare(chain: Chain, forecast: Forecast) -> dict[str, dict[str, Any]]:
         Stage to ``{"wall", "gpu_hours", "data"}``, each ``{"low", "mid", "high", "came"}``;
         times in seconds, data in bytes of shards.
     """
-    used: dict[str, list[Spent]] = {}
-    for item in spent(chain.run.read_jobs(), None, time.time()):
-        if parsed := parse_name(chain.run, item.name):
-            used.setdefault(parsed[0], []).append(item)
+    used = by_stage(chain.run, spent(chain.run.read_jobs(), None, time.time()))
     found: dict[str, dict[str, Any]] = {}
     for expected in forecast.stages:
         if expected.stage not in chain.stages:
             continue
         manifest = chain.run.read_manifest(expected.stage)
-        hours = totals(used[expected.stage])["gpu"] if expected.stage in used else None
+        hours = used[expected.stage]["gpu"] if expected.stage in used else None
         pairs: list[tuple[str, Range | None, float | None]] = [
             ("wall", expected.wall, manifest["seconds"] if manifest else None),
             ("gpu_hours", expected.gpu_hours, hours if manifest else None),

@@ -32,6 +32,7 @@ DONE = 0
 REQUEUE = 75
 RETRY = 76
 STOP = 77
+SPARE = 78
 
 # Network file systems remember for some seconds that a name was absent.
 _SECOND_LOOK = 1.0

@@ -16,7 +16,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -159,7 +159,10 @@ class Leases:
     ttl: float = 60.0
     dead: Callable[[Owner], bool] = gone
     clock: Callable[[], float] = time.monotonic
-    _seen: dict[tuple[int, int], tuple[bytes, float]] = field(default_factory=dict, repr=False)
+    # Of each held lease: what it said, since when, and whether it ever said something else.
+    _seen: dict[tuple[int, int], tuple[bytes, float, bool]] = field(
+        default_factory=dict, repr=False
+    )
 
     def __post_init__(self) -> None:
         """Makes the folder."""
@@ -194,6 +197,19 @@ class Leases:
                 return lease
         self._seen = {seen: value for seen, value in self._seen.items() if seen[0] in shards}
         return None
+
+    def living(self, shards: Iterable[int]) -> bool:
+        """Whether each of these shards is held by an owner that was just seen to beat.
+
+        By what the last `claim` saw: none of them will be free soon.
+        """
+        now = self.clock()
+        beating = {
+            index
+            for (index, _), (_, since, beats) in self._seen.items()
+            if beats and now - since < self.ttl / 2
+        }
+        return beating.issuperset(shards)
 
     def owners(self) -> dict[int, Owner]:
         """Who holds which shard now, as far as their files tell."""
@@ -235,9 +251,9 @@ class Leases:
         if content is None:
             return False
         now = self.clock()
-        before, since = self._seen.get((index, generation), (None, now))
+        before, since, _ = self._seen.get((index, generation), (None, now, False))
         if content != before:
-            self._seen[index, generation] = (content, now)
+            self._seen[index, generation] = (content, now, before is not None)
             since = now
         state = _parse(content)
         if state is not None and (state[1] or self.dead(state[0])):

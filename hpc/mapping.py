@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hpc.context import RunContext, Signals
 from hpc.errors import RecordError, UserError
+from hpc.gates import DONE, SPARE
 from hpc.leases import Lease, Leases, LostLease, Owner, gone
 from hpc.reading import join_shard
 from hpc.rundir import Chain
@@ -50,8 +51,8 @@ class Pace:
         stall: Seconds without a finished call after which the worker is taken for hung: it
             stops beating, so that it is robbed. After twice that time it ends itself. Must
             exceed the longest call and the loading of the engine.
-        wait: Whether an idle worker stays until the stage is complete, to take over from
-            owners that die.
+        linger: Seconds without work after which a worker leaves if living owners hold all that
+            is left; None: it stays until the stage is complete, to take over from any that dies.
         close: Seconds the mapper may take to close, and its calls to be cancelled.
         limits: When a frame of the output is closed.
         dead: Whether the owner of a lease is known to be gone.
@@ -59,7 +60,7 @@ class Pace:
 
     ttl: float = 60.0
     stall: float = 1800.0
-    wait: bool = True
+    linger: float | None = None
     close: float = 10.0
     limits: Limits = field(default_factory=Limits)
     dead: Callable[[Owner], bool] = gone
@@ -109,13 +110,14 @@ class Worker:
         self._idle_since: float | None = None
         self._next_look = 0.0
         self._complete = False
+        self._left: set[int] = set()
 
     def run(self) -> int:
         """Works until the stage is complete or the worker is asked to leave.
 
         Returns:
-            0 when the stage is complete (or, not waiting, the rest is in other hands), else
-            the status of who asked.
+            0 when the stage is complete, 78 when the rest is in other hands, else the status of
+            who asked.
 
         Raises:
             UserError: Something the user can mend; finished work is saved, leases are free.
@@ -148,8 +150,8 @@ class Worker:
                 return asked
             if self._look() is not None:
                 return None
-            if self._complete or not self._pace.wait:
-                return 0
+            if self._complete or self._spare():
+                return DONE if self._complete else SPARE
             time.sleep(self._nap())
 
     def _look(self) -> _Claim | None:
@@ -172,12 +174,19 @@ class Worker:
         """Seconds to the next look, short enough for signals to be heard."""
         return min(max(self._next_look - time.monotonic(), 0.0), _TICK)
 
+    def _spare(self) -> bool:
+        """Whether nobody needs this worker any more: living owners hold all that is left."""
+        if self._pace.linger is None or self._idle_since is None:
+            return False
+        idle = time.monotonic() - self._idle_since
+        return idle >= self._pace.linger and self._leases.living(self._left)
+
     def _claim(self) -> _Claim | None:
         """Takes a shard that nobody holds, if there is one."""
         while True:
             folder = list_folder(self._out)
             left = self._sources.keys() - folder.complete
-            self._complete = not left
+            self._left, self._complete = left, not left
             free = {index: folder.floor(index) for index in left - self._claims.keys()}
             lease = self._leases.claim(free) if free else None
             if lease is None:
@@ -225,8 +234,8 @@ class Worker:
                 self._tell()
                 if calls:
                     await self._collect(calls)
-                elif self._complete or not self._pace.wait:
-                    return 0
+                elif self._complete or self._spare():
+                    return DONE if self._complete else SPARE
                 else:
                     self._moved = time.monotonic()
                     await asyncio.sleep(self._nap())

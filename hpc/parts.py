@@ -21,12 +21,13 @@ class Limits:
     Attributes:
         keys: Keys in it: enough to compress well, few enough to lose at a crash.
         bytes: Bytes of its rows before compression; what a reader holds in memory.
-        seconds: Age of its oldest row: what a crash may cost.
+        seconds: Age of its oldest row: what a crash may cost. With what it takes to notice and to
+            write, that stays below a minute.
     """
 
     keys: int = 64
     bytes: int = 4 << 20
-    seconds: float = 60.0
+    seconds: float = 50.0
 
 
 class Part:

@@ -231,6 +231,7 @@ scripts=$(cd "$(dirname "$0")" && pwd)
 {prepare}
 cd "$run"
 mkdir -p slurm/logs
+cp -r "$scripts"/host-* slurm  # what the scripts read
 prefix=iv-$(cat slurm/id)
 if grep -qs "\"name\": \"$prefix{first}\"" jobs.jsonl; then
   echo "$run: submitted before; \`insightv submit\` adds what is missing" >&2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from hpc.shards import ShardError, list_folder, read_sidecar, shard_path, sideca
 if TYPE_CHECKING:
     from rich.table import Table
 
+_HOURS = {"node": "node", "core": "core", "gpu": "GPU"}
 _SHOWN = {
     "complete": "green",
     "running": "cyan",
@@ -86,17 +87,25 @@ def advance(chain: Chain, name: str) -> Advance:
     return Advance(min(done, total), total, len(made), shards, errors, numbers)
 
 
-def status(chain: Chain, jobs: Mapping[str, JobCounts] | None = None) -> dict[str, Any]:
+def status(
+    chain: Chain,
+    jobs: Mapping[str, JobCounts] | None = None,
+    hours: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
     """The whole run, as plain values.
 
     Args:
         chain: The chain.
         jobs: Of a run on a cluster: the jobs of each stage that wait or run.
+        hours: Of a run on a cluster: what the jobs of each stage have used.
 
     Returns:
         ``{"run", "state", "reason", "stages": [{"name", "kind", "state", "inputs",
         "shards": {"done", "total"}, "rows", "errors", "seconds", "rate", "numbers"}, …]}``,
-        on a cluster also ``"jobs": {"running", "pending", "held", "why"}`` for each stage.
+        for a stage at work ``"eta"``, the seconds it still takes at its rate,
+        on a cluster also ``"jobs": {"running", "pending", "held", "why"}``, ``"hours": {"node",
+        "core", "gpu"}`` and, where it used GPUs, ``"rows_per_gpu_hour"`` for each stage, and
+        ``"jobs"`` and ``"hours"`` of all together.
         A run is complete, running, stopped, cancelled or incomplete. A stage is complete,
         running, incomplete (begun), outdated (made from what is no longer there) or waiting.
     """
@@ -111,6 +120,8 @@ def status(chain: Chain, jobs: Mapping[str, JobCounts] | None = None) -> dict[st
             counts = jobs.get(name, JobCounts())
             entry = _stage(chain, name, standing[name], counts.running > 0)
             stages.append(entry | {"jobs": asdict(counts)})
+        if hours is not None:
+            stages[-1] |= _used(hours.get(name, {}), stages[-1]["rows"])
     stopped, cancelled = run.marked(STOPPED), run.marked(CANCELLED)
     if all(standing.values()):
         state, reason = "complete", ""
@@ -122,7 +133,41 @@ def status(chain: Chain, jobs: Mapping[str, JobCounts] | None = None) -> dict[st
         state, reason = "stopped", stopped
     else:
         state, reason = "incomplete", ""
-    return {"run": str(run.path), "state": state, "reason": reason, "stages": stages}
+    found: dict[str, Any] = {
+        "run": str(run.path),
+        "state": state,
+        "reason": reason,
+        "stages": stages,
+    }
+    if jobs is not None:
+        found["jobs"] = asdict(_together(jobs.values()))
+        if state == "running" and (held := found["jobs"]["held"]):
+            found["reason"] = (
+                f"{held} held ({found['jobs']['why']}): once their node is mended, "
+                "`scontrol release` them, or cancel the run and retry"
+            )
+    if hours is not None:
+        found["hours"] = {kind: sum(item[kind] for item in hours.values()) for kind in _HOURS}
+    return found
+
+
+def _together(jobs: Iterable[JobCounts]) -> JobCounts:
+    """All jobs of a run, those of no stage included; held ones say why first."""
+    found = JobCounts()
+    for item in sorted(jobs, key=lambda item: not item.held):
+        found.running += item.running
+        found.pending += item.pending
+        found.held += item.held
+        found.why = found.why or item.why
+    return found
+
+
+def _used(hours: Mapping[str, float], rows: int) -> dict[str, Any]:
+    """What a stage's jobs have used, and made of it."""
+    used: dict[str, Any] = {"hours": {kind: hours.get(kind, 0.0) for kind in _HOURS}}
+    if hours.get("gpu"):
+        used["rows_per_gpu_hour"] = rows / hours["gpu"]
+    return used
 
 
 def check_sizes(chain: Chain) -> None:
@@ -159,6 +204,9 @@ def board(found: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     if on_cluster := any("jobs" in entry for entry in found["stages"]):
         table.add_column("jobs")
+    kind = next((kind for kind in ("gpu", "core") if found.get("hours", {}).get(kind)), None)
+    if kind is not None:
+        table.add_column(f"{_HOURS[kind]}-h", justify="right")
     for entry in found["stages"]:
         shards, inputs = entry["shards"], entry["inputs"]
         table.add_row(
@@ -168,17 +216,23 @@ def board(found: dict[str, Any]) -> Table:
             _of(inputs["done"], inputs["total"]),
             f"{entry['rows']:,}" if entry["rows"] else "",
             Text(f"{entry['errors']:,}", style="red") if entry["errors"] else "",
-            duration(entry["seconds"]) if entry["seconds"] else "",
+            _time(entry),
             f"{entry['rate']:.3g}/s" if entry["rate"] else "",
             *([_jobs(entry["jobs"])] if on_cluster else []),
+            *([_few(entry["hours"][kind])] if kind is not None else []),
         )
     if "hours" in found and any(found["hours"].values()):
-        used = "  ".join(f"{key}-hours: {value:.2f}" for key, value in found["hours"].items())
+        used = "  ".join(f"{_HOURS[key]}-hours: {_few(x)}" for key, x in found["hours"].items())
         table.title = f"{table.title}   {used}"
     if found["reason"]:
         table.caption = Text(found["reason"], style="red")
         table.caption_justify = "left"
     return table
+
+
+def _few(hours: float) -> str:
+    """Hours with as many digits as they deserve."""
+    return f"{hours:.1f}" if hours >= 100 else f"{hours:.2g}" if hours else ""
 
 
 def duration(seconds: float) -> str:
@@ -219,6 +273,9 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
         }
     now, made = advance(chain, name), sidecars(run.shards(name)).values()
     seconds = begun["spent"] + (time.time() - begun["since"] if active else 0.0)
+    rate = now.done / seconds if seconds else 0.0
+    if active and rate and now.total:
+        entry["eta"] = (now.total - now.done) / rate
     return entry | {
         "state": "running" if active else "incomplete",
         "shards": {"done": now.shards, "total": now.of_shards},
@@ -226,9 +283,17 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
         "rows": sum(sidecar.rows for sidecar in made),
         "errors": now.errors,
         "seconds": seconds,
-        "rate": now.done / seconds if seconds else 0.0,
+        "rate": rate,
         "numbers": now.numbers,
     }
+
+
+def _time(entry: dict[str, Any]) -> str:
+    """How long a stage took, or has taken and will take at this rate."""
+    if not entry["seconds"]:
+        return ""
+    left = f" of {duration(entry['seconds'] + entry['eta'])}" if "eta" in entry else ""
+    return f"{duration(entry['seconds'])}{left}"
 
 
 def _jobs(counts: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc import gates, slurm
-from hpc.accounting import spent, totals
+from hpc.accounting import by_stage, spent
 from hpc.admission import admit
 from hpc.cluster import Profile, read_profile
 from hpc.config import dump
@@ -336,11 +336,11 @@ def job_counts(run: RunDir) -> dict[str, JobCounts]:
     return found
 
 
-def hours(run: RunDir) -> dict[str, float]:
-    """Node-, core- and GPU-hours so far, killed jobs and those before a requeue included.
+def hours(run: RunDir) -> dict[str, dict[str, float]]:
+    """Each stage's node-, core- and GPU-hours so far, killed jobs and requeued ones included.
 
     One call of sacct, beside what the jobs noted.
     """
     entries = run.read_jobs()
     jobs = [entry["job"] for entry in entries if entry.get("event") == "submitted"]
-    return totals(spent(entries, slurm.accounts(jobs), time.time()))
+    return by_stage(run, spent(entries, slurm.accounts(jobs), time.time()))

@@ -2,7 +2,8 @@
 
 Exit statuses: 0 the stage (or, for a job, the job) is done · 1 the payload failed, its
 traceback is in the log · 75 the time limit is near, queue me again · 77 the run was
-cancelled · 130, 143 asked to leave by SIGINT, SIGTERM: never to be queued again by itself.
+cancelled · 78 other workers have in hand all that is left · 130, 143 asked to leave by SIGINT,
+SIGTERM: never to be queued again by itself.
 A `UserError` passes through; the program shows its one line and exits with 2. Whatever the
 status, finished work is saved and leases are free.
 """
@@ -74,7 +75,9 @@ def _pace() -> Pace:
     """The usual pace, but for what a cluster profile sets."""
     usual = Pace()
     ttl = float(os.environ.get("HPC_LEASE_TTL", usual.ttl))
-    return Pace(ttl=ttl, stall=float(os.environ.get("HPC_STALL", usual.stall)))
+    stall = float(os.environ.get("HPC_STALL", usual.stall))
+    linger = os.environ.get("HPC_LINGER")
+    return Pace(ttl=ttl, stall=stall, linger=usual.linger if linger is None else float(linger))
 
 
 @contextmanager

@@ -1,13 +1,15 @@
-"""The text of a batch job: directives, and a short host bash around one payload command.
+"""The text of a batch job: directives, variables, and the host bash around one payload command.
 
 Control stays outside, the payload inside: it says by its exit status what it wants (0 done, 75
-queue me again, 76 this gate wants a retry, 77 stop the chain), and bash alone talks to Slurm.
-The bash stands in ``hpc/executors/host``; every script carries what it needs of it, so that a
-job depends on nothing but its payload.
+queue me again, 76 this gate wants a retry, 77 stop the chain, 78 this worker finds nothing left to
+take), and bash alone talks to Slurm.
+That bash stands in ``hpc/executors/host``. A run keeps a copy, in a folder named by its digest, and
+its scripts read that: whatever becomes of the package, jobs in the queue stay what they were.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +21,13 @@ import submitit
 
 from hpc import slurm
 from hpc.cluster import Profile, Resources
+from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.executors.base import Job
 from hpc.naming import prefix
 from hpc.rundir import RunDir
 
 _HOST = Path(__file__).parent / "host"
-_RANK = (
-    "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "
-    'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE_RANK=$SLURM_NODEID; exec "$@"'
-)
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,24 @@ def log_path(run: RunDir, job: Job) -> Path:
     return run.path / "slurm" / "logs" / f"{job.name}.log"
 
 
+def host_name() -> str:
+    """The folder, in a run's ``slurm``, of the bash that scripts written now read."""
+    return f"host-{_host()[0]}"
+
+
+def write_host(folder: Path) -> Path:
+    """Writes the bash that scripts read, unless it is there.
+
+    Args:
+        folder: A run's ``slurm``, or where scripts are written for a person to submit.
+    """
+    made = make_folder(folder / host_name())
+    for name, bash in _host()[1].items():
+        if not (made / name).exists():
+            write_atomic(made / name, bash)
+    return made
+
+
 def text(
     run: RunDir,
     job: Job,
@@ -97,8 +114,7 @@ def text(
     executor = SbatchText(run.path / "slurm")
     executor.parameters.update(_directives(run, job, profile, resources, by_hand))
     executor.parameters["setup"] = [*_setup(run, job, profile, resources, retry, by_hand)]
-    executor.parameters["teardown"] = [_bash("work" if job.role == "work" else "decide")]
-    made: str = executor._make_submission_file_text(_command(job, run if by_hand else None), "")
+    made: str = executor._make_submission_file_text(_last_lines(job), "")
     return made.replace("export SUBMITIT_EXECUTOR=slurm\n", "").rstrip() + "\n"
 
 
@@ -166,27 +182,16 @@ def _setup(
     def named(name: str) -> str:
         return f"$prefix{suffix(run, name)}" if by_hand else name
 
-    log = str(log_path(run, job)).replace("%a", "*")
-    known = {
-        "stage": job.stage,
-        "attempt": str(job.attempt),
-        "role": job.role,
-        "requeues": str(profile.requeues),
-        "patience": str(round(profile.submit.patience)),
-        "nodes": str(job.nodes),
-        "cores": str(job.nodes * job.tasks * resources.cores),
-        "gpus": str(job.nodes * resources.gpus),
-        "minutes": str(resources.minutes),
-        "payload": "",
-    }
-    before = [f"export {name}={shlex.quote(value)}" for name, value in _variables(job, profile)]
+    variables = " ".join(f"{name}={shlex.quote(x)}" for name, x in _variables(job, profile))
+    lines = [f"export {variables}"]
     if profile.environment:
-        before.append(f". {shlex.quote(profile.environment)}")
-    before += profile.setup
+        lines.append(f". {shlex.quote(profile.environment)}")
+    lines += profile.setup
+    # After the site's own lines, which may use the same names.
+    log = str(log_path(run, job)).replace("%a", "*")
     if by_hand:
         within = log.removeprefix(str(run.path)).replace(job.name, "$name")
-        lines = [
-            *before,
+        lines += [
             "# Submitted from the run directory, under a name with the run's id; see chain.sh",
             "run=$SLURM_SUBMIT_DIR",
             'prefix=iv-$(cat "$run/slurm/id")',
@@ -194,29 +199,30 @@ def _setup(
             f'log="$run{within}"',
         ]
     else:
-        # After the site's own lines, which may use the same names.
-        lines = [*before, f"run={shlex.quote(str(run.path))}", f"prefix={prefix(run)}"]
+        lines += [f"run={shlex.quote(str(run.path))}", f"prefix={prefix(run)}"]
         lines += [f"name={job.name}", f"log={shlex.quote(log)}"]
-    lines += [f"{name}={shlex.quote(value)}" for name, value in known.items()]
-    if job.nodes * job.tasks > 1:
-        lines += [
-            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
-        ]
-    lines.append(_bash("common"))
-    if job.role == "work":
-        return lines
-    lines.append(f"exported=({' '.join(profile.export)}) notify={shlex.quote(profile.notify)}")
-    asked = shlex.join(slurm.ACCOUNTS) if profile.budget.gpu_hours else ""
-    lines.append(f"accounts=({asked})")
+    ranks = job.nodes * job.tasks
+    lines += [
+        f"stage={shlex.quote(job.stage)} attempt={job.attempt} role={job.role}",
+        f"ranks={ranks} nodes={job.nodes} cores={ranks * resources.cores} "
+        f"gpus={job.nodes * resources.gpus} minutes={resources.minutes}",
+        f"requeues={profile.requeues} patience={round(profile.submit.patience)}",
+    ]
+    if job.role != "work":
+        lines.append(f"exported=({' '.join(profile.export)})")
+        asked = shlex.join(slurm.ACCOUNTS) if profile.budget.gpu_hours else ""
+        lines.append(f"notify={shlex.quote(profile.notify)} accounts=({asked})")
     if retry is not None:
         lines += [
-            f"next_work={named(retry.work)} next_gate={named(retry.gate)}",
+            "# If shards are missing: what this gate submits, and who waits for that.",
+            f"next_work={named(retry.work)}",
+            f"next_gate={named(retry.gate)}",
             "dependents=("
             + " ".join(f'"{name} {" ".join(p)}"' for name, p in retry.dependents.items())
             + ")",
         ]
-    return [*lines, _bash("gate")]
+    words = ('"$run"' if word == str(run.path) else shlex.quote(word) for word in job.command)
+    return [*lines, f"payload=({' '.join(words)})"]
 
 
 def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:
@@ -226,6 +232,7 @@ def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:
         "PYTHONNOUSERSITE": "1",
         "HF_HUB_OFFLINE": "1",
         "HPC_LEASE_TTL": f"{profile.lease_ttl:g}",
+        "HPC_LINGER": f"{profile.linger:g}",
         "HPC_STALL": f"{profile.stall:g}",
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.threads)),
     }
@@ -234,18 +241,21 @@ def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:
     return [*(fixed | dict(job.env)).items()]
 
 
-def _command(job: Job, unnamed: RunDir | None = None) -> str:
-    """The line that runs the payload; the directory of an ``unnamed`` run is ``$run``."""
-    hidden = str(unnamed.path) if unnamed else None
-    words = " ".join('"$run"' if word == hidden else shlex.quote(word) for word in job.command)
-    if job.nodes * job.tasks > 1:
-        # Without ALL a step gets no more than the variables on the job's own list.
-        return (
-            f"run srun --export=ALL --kill-on-bad-exit=1 bash -c {shlex.quote(_RANK)} rank {words}"
-        )
-    return f"{'run' if job.role == 'work' else 'persist'} {words}"
+def _last_lines(job: Job) -> str:
+    """The lines that read the host bash; it ends the job, so that what follows is another try."""
+    file = "work.sh" if job.role == "work" else "gate.sh"
+    return (
+        "# This runs the payload, does what its exit status asks, and exits. It is read again only\n"
+        "# where a node cannot see it yet.\n"
+        f'for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/{host_name()}/{file}"; done'
+    )
 
 
 @cache
-def _bash(name: str) -> str:
-    return (_HOST / f"{name}.sh").read_text(encoding="utf-8").strip("\n")
+def _host() -> tuple[str, dict[str, str]]:
+    """The digest of the host bash, and its files."""
+    common, work, gate = (
+        (_HOST / f"{name}.sh").read_text(encoding="utf-8") for name in ("common", "work", "gate")
+    )
+    made = {"work.sh": f"{common}\n{work}", "gate.sh": f"{common}\n{gate}"}
+    return hashlib.sha256("\0".join(made.values()).encode()).hexdigest()[:12], made

@@ -9,7 +9,7 @@ from hpc import slurm
 from hpc.cluster import Profile, Resources
 from hpc.disk import make_folder, write_atomic
 from hpc.executors.base import Job
-from hpc.executors.batch import Retry, script_path, text
+from hpc.executors.batch import Retry, script_path, text, write_host
 from hpc.rundir import RunDir
 
 
@@ -28,9 +28,10 @@ class SlurmExecutor:
         self._earliest = 0.0
 
     def write(self, job: Job, resources: Resources, retry: Retry | None = None) -> Path:
-        """Writes a job's script."""
+        """Writes a job's script, and the bash that it reads."""
         path = script_path(self.run, job.name)
         make_folder(path.parent / "logs")
+        write_host(path.parent)
         write_atomic(path, text(self.run, job, self.profile, resources, retry))
         return path
 

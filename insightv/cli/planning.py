@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,6 +73,7 @@ def plan(
 
 def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     """Makes a run directory whose jobs somebody submits by hand: what `submit` writes first."""
+    from hpc.executors.batch import write_host
     from hpc.naming import make_id
     from hpc.submission import keep_profile
 
@@ -81,6 +83,7 @@ def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
         save(chain, config, remake=False, held=True)
         make_id(run)
         keep_profile(run, profile)
+        write_host(run.path / "slurm")
         run.add_provenance(chain.packages)
 
 
@@ -88,6 +91,7 @@ def _write(
     chain: Chain, profile: Profile, folder: Path, run: Path, given: Sequence[str], cluster: Path
 ) -> None:
     """Writes the scripts; they name no folder of this machine but those given here."""
+    from hpc.executors.batch import write_host
     from hpc.planning import chain_script, plan_of
 
     # Whoever submits by hand has the command on the path, which jobs inherit.
@@ -98,6 +102,10 @@ def _write(
         return
     plan = f"insightv plan {shlex.join(given)} --cluster {shlex.quote(str(cluster))}"
     folder.mkdir(parents=True, exist_ok=True)
+    host = write_host(folder)
+    for other in folder.glob("host-*"):
+        if other != host:  # an earlier version's
+            shutil.rmtree(other)
     for item in planned:
         (folder / f"{item.file}.sh").write_text(item.text)
     script = chain_script(

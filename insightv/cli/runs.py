@@ -250,7 +250,7 @@ def _look(chain: Chain) -> dict[str, Any]:
     more = {"forecast": compare(chain, forecast)} if forecast is not None else {}
     if not on_cluster(chain.run) or not available():
         return look(chain) | more
-    return look(chain, job_counts(chain.run)) | {"hours": hours(chain.run)} | more
+    return look(chain, job_counts(chain.run), hours(chain.run)) | more
 
 
 def cancel(directory: RunArgument) -> None:

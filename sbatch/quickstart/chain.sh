@@ -8,6 +8,7 @@ scripts=$(cd "$(dirname "$0")" && pwd)
 insightv plan configs/chain/quickstart.yaml --cluster configs/cluster/testbed.yaml --run-dir "$run" --prepare
 cd "$run"
 mkdir -p slurm/logs
+cp -r "$scripts"/host-* slurm  # what the scripts read
 prefix=iv-$(cat slurm/id)
 if grep -qs "\"name\": \"$prefix-preflight-a0\"" jobs.jsonl; then
   echo "$run: submitted before; \`insightv submit\` adds what is missing" >&2

@@ -236,7 +236,7 @@ def chaos(cluster: Testbed, seed: int, faults: int) -> Chaos:
         seed: Draws the faults.
         faults: How many.
     """
-    asked = profile(partition="low", lease_ttl=6.0)
+    asked = profile(partition="low", lease_ttl=6.0, linger=3.0)
     asked.cpu.workers = 4
     asked.gate.retries = 6
     run = Run(cluster, asked)

@@ -30,7 +30,8 @@ def test_a_chain_from_one_command(cluster: Testbed) -> None:
     assert found["state"] == "complete"
     shards = {stage["name"]: stage["shards"] for stage in found["stages"]}
     assert shards["double"] == {"done": 10, "total": 10}
-    assert found["hours"]["core"] > 0
+    used = sum(stage["hours"]["core"] for stage in found["stages"])
+    assert 0 < used <= found["hours"]["core"] * (1 + 1e-9)  # the preflight's beside them
     assert "0" in run.submit().stdout.split()[-1:]  # nothing is missing
     names = [entry["name"] for entry in run.submitted()]
     assert len(names) == len(set(names)) == 11
@@ -109,6 +110,44 @@ def test_preemption_of_all_workers_and_a_cancel_meanwhile(cluster: Testbed) -> N
     cancelled.check()
 
 
+def test_preemption_that_cancels(cluster: Testbed) -> None:
+    """Nothing is queued again by Slurm: the gate, where nobody preempts it, submits the rest."""
+    asked = profile(partition="spare")
+    asked.gate.partition = "batch"
+    run = Run(cluster, asked)
+    run.submit(*SLOW)
+    run.working("double", 2)
+    words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 5")
+    cluster.run(*words, "--output=/dev/null")
+    run.check()
+    assert {143} & {entry["status"] for entry in run.ended("double")}
+    assert max(e["attempt"] for e in run.submitted() if e["stage"] == "double") == 1
+
+
+def test_jobs_that_a_node_could_not_start(cluster: Testbed) -> None:
+    """Slurm holds them until somebody releases them: `status` says so."""
+    run = Run(cluster)
+    run.submit(*SMALL, "steps=6")
+    wait_for(lambda: (run.path / "steps").exists(), say=run.say)
+    broken = run.nodes("numbers")[0]
+    cluster.spoil(broken)
+    wait_for(lambda: "held" in run.status()["reason"], pause=3.0, say=run.say)
+    found = run.status()
+    assert found["state"] == "running"
+    assert found["jobs"]["held"] and "launch failed" in found["jobs"]["why"].replace("_", " ")
+    cluster.mend(broken)
+    wait_for(lambda: release(run), pause=3.0, say=run.say)
+    run.check()
+
+
+def release(run: Run) -> bool:
+    """Releases what is held; whether nothing is."""
+    held = [job for job, _, reason, _ in run.queue() if "held" in reason]
+    for job in held:
+        run.cluster.run("scontrol", "release", job, check=False)
+    return not held
+
+
 def test_told_that_the_time_limit_is_near(cluster: Testbed) -> None:
     """The signal that Slurm sends before the limit, sent by hand: nobody waits for minutes.
 
@@ -157,6 +196,33 @@ def test_a_job_that_hangs(cluster: Testbed) -> None:
     assert (first["status"], first["restart"]) == (75, 0) and first["seconds"] < 120
     log = (run.dir.logs("numbers") / "a0-0.log").read_text()
     assert "no progress for" in log and "misbehave" in log  # the stack
+
+
+def test_a_worker_that_hangs(cluster: Testbed) -> None:
+    """Another takes its shard over; it prints its stack and ends."""
+    run = Run(cluster, profile(stall=8.0))
+    run.submit(*SMALL, "fault=double:hang")
+    run.check()
+    (hung,) = [entry for entry in run.ended("double") if entry["status"] == 1]
+    log = run.dir.logs("double") / f"a{hung['attempt']}-{hung['job'].partition('_')[2]}.log"
+    assert "no call has ended for" in log.read_text() and "misbehave" in log.read_text()
+
+
+def test_too_many_failures_and_a_spent_budget(cluster: Testbed) -> None:
+    failing, poor = Run(cluster), Run(cluster)
+    asked = profile(stages={"numbers": Resources(memory="400M", gpus=2, minutes=20)})
+    asked.budget.gpu_hours = 0.001
+    poor.write(asked)
+    failing.submit(*SMALL, "fail_every=8")
+    poor.submit(*SMALL, "steps=3")
+    assert "3 of 24 inputs failed, more than its limit of 0.0%" in failing.halted()
+    assert "the budget of 0.001 (budget.gpu_hours)" in poor.halted()
+    failing.submit("error_limit=0.5")
+    failing.wait()
+    asked.budget.gpu_hours = 1.0
+    poor.write(asked)
+    poor.submit()
+    poor.check()
 
 
 def test_the_controller_dies(cluster: Testbed) -> None:

@@ -46,6 +46,7 @@ class Counting:
     pause: float = configs.unhashed(0.0)  # seconds a number takes
     only: str = configs.unhashed("")  # the one map stage in which it does; empty: each
     steps: int = configs.unhashed(0)  # seconds that numbers is counted beforehand, saved each
+    calls: bool = configs.unhashed(False)  # each call is told: key, begin, end, job
     workers: int = configs.unhashed(2)
     slots: int = configs.unhashed(2)
     retries: int = configs.unhashed(3)
@@ -63,7 +64,12 @@ class Times:
     concurrency: int = 2
 
     async def __call__(self, key: str, inputs: Mapping[str, list[Row]]) -> list[Row]:
+        begun = time.time()
         await asyncio.sleep(self.pause)
+        if self.settings.calls:
+            told = (key, begun, time.time(), os.environ["SLURM_JOB_ID"])
+            with (self.context.directory / "calls").open("a") as file:
+                file.write(json.dumps(told) + "\n")
         (row,) = inputs["numbers"]
         if self.settings.fail_every and row["value"] % self.settings.fail_every == 0:
             raise RecordError(f"{row['value'] % 2 and 'odd' or 'even'} numbers are not liked")
@@ -227,8 +233,8 @@ def main(words: Sequence[str]) -> int:
             return 0
         if command == "status":
             chain = open_chain(Path(path))
-            found = status(chain, submission.job_counts(chain.run))
-            print(json.dumps(found | {"hours": submission.hours(chain.run)}))
+            used = submission.hours(chain.run)
+            print(json.dumps(status(chain, submission.job_counts(chain.run), used)))
             return 0
         if command == "gate" and open_settings(Path(path)).fault == "gate:exit":
             return 1

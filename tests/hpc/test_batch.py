@@ -19,6 +19,8 @@ from hpc import control, gates, naming, slurm  # noqa: E402
 from hpc.cluster import Profile, Resources, read_profile  # noqa: E402
 from hpc.config import dump  # noqa: E402
 from hpc.errors import UserError  # noqa: E402
+from hpc.executors import batch  # noqa: E402
+from hpc.executors.batch import host_name, write_host  # noqa: E402
 from hpc.planning import chain_script, plan_of  # noqa: E402
 from hpc.rundir import STOPPED, Chain, RunDir  # noqa: E402
 
@@ -88,15 +90,18 @@ def test_a_hand_made_submission_records_ids(tmp_path: Path) -> None:
         assert str(tmp_path) not in item.text.replace(counting.__file__, "")
         (folder / f"{item.file}.sh").write_text(item.text)
     prepare = f'{sys.executable} {counting.__file__} prepare "$run" small=true >/dev/null'
+    write_host(folder)
     script = chain_script(chain.run, planned, "runs/counting", prepare, "Written by a test")
     (folder / "chain.sh").write_text(script)
     fake = folder / "sbatch"
     fake.write_text(f'#!/bin/bash\necho "$PWD $@" >>{folder}/asked\nwc -l <{folder}/asked\n')
     fake.chmod(0o755)
     made = RunDir(tmp_path / "made here")
+    bash = made.path / "slurm" / host_name() / "work.sh"
     words = ["bash", folder / "chain.sh", made.path]
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     subprocess.run(words, check=True, env=environment, capture_output=True)
+    assert "scontrol requeue" in bash.read_text()
     asked = (folder / "asked").read_text().splitlines()
     name = f"{naming.prefix(made)}-numbers-a0"
     where = f"{made.path} --parsable --job-name={name} --dependency=afterok:1"
@@ -117,6 +122,7 @@ def test_a_script_by_hand_finds_its_run(tmp_path: Path) -> None:
     work = next(item for item in plan_of(chain, asked, by_hand=True) if item.file == "numbers")
     made = counting.open_chain(tmp_path / "made here", ["small=true"])
     naming.make_id(made.run)
+    write_host(made.run.path / "slurm")
     gates.prepare(made, "numbers")
     done = subprocess.run(
         ["bash", "-c", work.text],
@@ -131,6 +137,39 @@ def test_a_script_by_hand_finds_its_run(tmp_path: Path) -> None:
     assert done.returncode == 0 and gates.check(made, "numbers") == 0
     (entry,) = [entry for entry in made.run.read_jobs() if entry.get("event") == "ended"]
     assert entry["name"] == f"{naming.prefix(made.run)}-numbers-a0"
+
+
+@pytest.mark.parametrize(("status", "swept"), [(0, True), (gates.SPARE, False)])
+def test_a_worker_that_nobody_needs_ends_well(tmp_path: Path, status: int, swept: bool) -> None:
+    """Only a worker of a complete stage sends the waiting ones away."""
+    chain = counting.open_chain(tmp_path / "run", ["small=true"])
+    naming.make_id(chain.run)
+    write_host(chain.run.path / "slurm")
+    asked = Profile(program=["bash", "-c", f"exit {status}"])
+    work = next(item for item in plan_of(chain, asked) if item.file == "double")
+    done = subprocess.run(
+        ["bash", "-c", work.text],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "SLURM_JOB_ID": "7",
+            "SLURM_ARRAY_JOB_ID": "6",
+            "SLURM_ARRAY_TASK_ID": "1",
+        },
+    )
+    (entry,) = [entry for entry in chain.run.read_jobs() if entry.get("event") == "ended"]
+    assert done.returncode == 0 and (entry["job"], entry["status"]) == ("6_1", 0)
+    assert (chain.run.path / "slurm" / "swept-6").exists() == swept
+
+
+def test_another_version_changes_no_job_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    before, kept = host_name(), write_host(run.path / "slurm") / "work.sh"
+    told = kept.read_text()
+    monkeypatch.setattr(batch, "_host", lambda: ("0123", {"work.sh": "", "gate.sh": ""}))
+    assert write_host(run.path / "slurm").name == host_name() == "host-0123" != before
+    assert kept.read_text() == told
 
 
 @settings(deadline=None)

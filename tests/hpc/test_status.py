@@ -19,7 +19,15 @@ from hpc.progress import Bars  # noqa: E402
 from hpc.retention import clean, size  # noqa: E402
 from hpc.rundir import STOPPED, Chain, RunDir  # noqa: E402
 from hpc.shards import ShardError, read_rows, shard_path, sidecar_path  # noqa: E402
-from hpc.status import Advance, advance, board, check_sizes, duration, status  # noqa: E402
+from hpc.status import (  # noqa: E402
+    Advance,
+    JobCounts,
+    advance,
+    board,
+    check_sizes,
+    duration,
+    status,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +60,34 @@ def test_a_complete_run(complete: Chain) -> None:
     assert double["seconds"] > 0 and double["rate"] == pytest.approx(40 / double["seconds"])
     text = shown(board(found))
     assert "double" in text and "complete" in text and "36" in text
+
+
+def test_what_jobs_have_used(complete: Chain) -> None:
+    double, first = {"node": 1.0, "core": 8.0, "gpu": 4.0}, {"node": 0.5, "core": 0.5, "gpu": 0.0}
+    found = status(complete, {}, {"double": double, "preflight": first})
+    assert found["hours"] == {"node": 1.5, "core": 8.5, "gpu": 4.0}
+    entries = {entry["name"]: entry for entry in found["stages"]}
+    assert entries["double"]["hours"] == double
+    assert entries["double"]["rows_per_gpu_hour"] == pytest.approx(36 / 4)
+    assert entries["total"]["hours"]["gpu"] == 0 and "rows_per_gpu_hour" not in entries["total"]
+    text = shown(board(found), 140)
+    assert "GPU-h" in text and "core-hours: 8.5" in text
+
+
+def test_a_stage_at_work_on_a_cluster(chain: Chain) -> None:
+    chain.run.manifest("double").unlink()
+    shard = shard_path(chain.run.shards("double"), 3)
+    sidecar_path(shard).unlink()
+    shard.unlink()
+    held = JobCounts(pending=2, held=2, why="launch failed requeued held")
+    found = status(chain, {"double": JobCounts(running=1, pending=1, why="Resources"), "x": held})
+    double = next(entry for entry in found["stages"] if entry["name"] == "double")
+    assert (double["state"], double["inputs"]) == ("running", {"done": 36, "total": 40})
+    assert double["eta"] == pytest.approx(4 / 36 * double["seconds"])
+    assert found["jobs"] == {"running": 1, "pending": 3, "held": 2, "why": held.why}
+    assert found["state"] == "running" and "2 held (launch failed" in found["reason"]
+    text = shown(board(found), 160)
+    assert "1 run, 1 wait (Resources)" in text and " of " in text and "scontrol release" in text
 
 
 def test_a_run_that_never_began(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import worked
 
+from hpc import gates
 from hpc.errors import UserError
 from hpc.frames import read_frames
 from hpc.rundir import CANCELLED, Chain, RunDir
@@ -350,13 +351,13 @@ def test_hung_engine_is_robbed_and_ends_itself(team):
     assert "giving up" in made.log(hung)
 
 
-def test_idle_worker_waits_for_others_or_not(team):
+def test_idle_worker_waits_for_others_or_leaves_it_to_them(team):
     made = team(4, 4)
-    owner = made.start(pause=3600)
+    owner = made.start(pause=3600, ttl=3.0)
     loads = made.run.stage_dir("count") / "loads"
     made.wait_for(loads.exists)
-    hurried = made.start(wait=False)
-    assert hurried.wait() == 0 and owner.poll() is None
+    spare = made.start(ttl=3.0, linger=0.0)
+    assert spare.wait() == gates.SPARE and owner.poll() is None
     patient = made.start()
     time.sleep(0.3)
     assert patient.poll() is None
@@ -366,10 +367,26 @@ def test_idle_worker_waits_for_others_or_not(team):
     assert loads.read_text().split() == [str(owner.pid), str(patient.pid)]
 
 
+def test_idle_worker_stays_where_an_owner_may_be_dead(team):
+    made = team(8, 4)
+    owner = made.start(pause=3600, ttl=1.0)
+    other = made.start(pause=3600, ttl=1.0)
+    made.wait_for(lambda: len(list(made.run.leases("count").glob("*"))) == 2)
+    owner.send_signal(signal.SIGSTOP)
+    spare = made.start(ttl=1.0, linger=0.0, dead=False)
+    made.wait_for(lambda: len(made.called()) >= 4)  # it took the shard over
+    assert spare.wait() == gates.SPARE
+    other.kill()
+    owner.kill()
+    assert made.start().wait() == 0
+    made.check()
+
+
 def test_many_workers_at_once(team):
     made = team(96, 4)
-    workers = [made.start(pause=0.002, wait=False) for _ in range(10)]
-    assert [worker.wait() for worker in workers] == [0] * 10
+    workers = [made.start(pause=0.002, linger=0.0) for _ in range(10)]
+    ends = {worker.wait() for worker in workers}
+    assert 0 in ends and ends <= {0, gates.SPARE}
     made.check()
     assert max(Counter(made.called()).values()) == 1
 

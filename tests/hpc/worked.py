@@ -28,7 +28,7 @@ DEFAULTS = {
     "concurrency": 3,
     "ttl": 60.0,
     "stall": 600.0,
-    "wait": True,
+    "linger": None,
     "dead": True,
     "keys": 2,
     "kill_at_call": -1,
@@ -116,7 +116,7 @@ def groups(count: int) -> Iterator[tuple[str, list[Row]]]:
 
 def pace(options: Mapping[str, object]) -> Pace:
     settings = {**DEFAULTS, **options}
-    asked = {name: settings[name] for name in ("ttl", "stall", "wait")}
+    asked = {name: settings[name] for name in ("ttl", "stall", "linger")}
     if not settings["dead"]:
         asked["dead"] = lambda owner: False
     return Pace(**asked, close=1.0, limits=Limits(keys=int(settings["keys"])))

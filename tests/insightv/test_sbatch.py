@@ -12,6 +12,12 @@ FOLDER = Path("sbatch/quickstart")
 WORDS = ["configs/chain/quickstart.yaml", "--cluster", "configs/cluster/testbed.yaml"]
 
 
+def texts(folder: Path) -> dict[str, str]:
+    """Each script, and the bash that they read, by its path in the folder."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*.sh")}
+    return {name: path.read_text() for name, path in found.items()}
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch) -> Path:
     """The scripts, written anew from the project's own folder."""
@@ -27,8 +33,7 @@ def written(tmp_path, monkeypatch) -> Path:
 
 def test_the_scripts_are_up_to_date(written: Path) -> None:
     """`insightv plan … --write sbatch/quickstart` mends what this names."""
-    made = {path.name: path.read_text() for path in written.iterdir()}
-    kept = {path.name: path.read_text() for path in (ROOT / FOLDER).iterdir()}
+    made, kept = texts(written), texts(ROOT / FOLDER)
     made["chain.sh"] = made["chain.sh"].replace(str(written), str(FOLDER))
     assert made.keys() == kept.keys()
     for name, text in made.items():
@@ -36,10 +41,16 @@ def test_the_scripts_are_up_to_date(written: Path) -> None:
 
 
 def test_they_name_no_folder_of_any_machine() -> None:
-    for path in (ROOT / FOLDER).iterdir():
-        text = path.read_text()
+    for path, text in texts(ROOT / FOLDER).items():
         assert str(ROOT) not in text, path
         asked = [line.partition("=")[2] for line in text.splitlines() if line.startswith("#SBATCH")]
         assert not [value for value in asked if value.startswith("/")], path
-        checked = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+        checked = subprocess.run(
+            ["bash", "-n", ROOT / FOLDER / path], capture_output=True, text=True
+        )
         assert checked.returncode == 0, checked.stderr
+
+
+def test_they_are_short(written: Path) -> None:
+    for name, text in texts(written).items():
+        assert len(text.splitlines()) < 45 or name.startswith(("chain", "host-")), name

@@ -1,5 +1,7 @@
+# The bash around a payload. Every job's script sets its variables and reads this in; a run keeps a
+# copy of its own, so that another version of the package never changes jobs in the queue.
 set -u  # only from here on: modules and environments seldom bear it
-asked= status=1
+asked= status=1 child=
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 else me=$SLURM_JOB_ID; fi
 
@@ -7,14 +9,14 @@ else me=$SLURM_JOB_ID; fi
 # another signal comes may leave bash without its status (-1): then the signal's own stands.
 run() {
   local heard=1 found
-  trap 'asked=${asked:-limit} heard=1; [ -z "$payload" ] || kill -USR1 "$payload" 2>/dev/null' USR1
-  trap 'asked=leave heard=1; [ -z "$payload" ] || kill -TERM "$payload" 2>/dev/null' TERM INT
+  trap 'asked=${asked:-limit} heard=1; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null' USR1
+  trap 'asked=leave heard=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
   "$@" &
-  payload=$!
-  case $asked in limit) kill -USR1 "$payload" ;; leave) kill -TERM "$payload" ;; esac
+  child=$!
+  case $asked in limit) kill -USR1 "$child" ;; leave) kill -TERM "$child" ;; esac
   while [ -n "$heard" ]; do
     heard=
-    wait "$payload"
+    wait "$child"
     found=$?
     [ "$found" = -1 ] || status=$found
   done 2>/dev/null

@@ -1,7 +1,21 @@
+if [ "$ranks" -gt 1 ]; then  # all at once, with the variables by which torch finds the others
+  export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # Without ALL a step gets no more than the variables on the job's own list.
+  run srun --export=ALL --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID \
+    WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE \
+    NODE_RANK=$SLURM_NODEID; exec "$@"' rank "${payload[@]}"
+else
+  run "${payload[@]}"
+fi
+
+others=
+[ "$status" != 78 ] || status=0 others=busy  # with all that is left: this worker ended well
 ended
 case $status in
   0)  # The stage is complete: its pending workers would find nothing to do. One asks for all.
-    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && mkdir "$run/slurm/swept-$SLURM_ARRAY_JOB_ID" 2>/dev/null
+    if [ -z "$others" ] && [ -n "${SLURM_ARRAY_JOB_ID:-}" ] &&
+      mkdir "$run/slurm/swept-$SLURM_ARRAY_JOB_ID" 2>/dev/null
     then slurm scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"; fi ;;
   75|138) again ;;
 esac

@@ -83,6 +83,7 @@ MaxJobCount=20000
 PartitionName=batch Nodes=ALL MaxTime=1-0 DefaultTime=10 PriorityTier=10 PreemptMode=OFF Default=YES
 PartitionName=high Nodes=ALL MaxTime=1-0 DefaultTime=10 PriorityTier=100 PreemptMode=OFF
 PartitionName=low Nodes=ALL MaxTime=1-0 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=spare Nodes=ALL MaxTime=1-0 DefaultTime=10 PriorityTier=1 PreemptMode=CANCEL
 PartitionName=short Nodes=ALL MaxTime=1 DefaultTime=1 PriorityTier=10 PreemptMode=OFF
 """
 
