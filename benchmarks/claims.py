@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,13 +21,6 @@ from hpc import gates
 from hpc.executors.base import Job
 from hpc.executors.local import LocalExecutor
 from hpc.shards import read_groups, shard_path, sidecars
-
-_TRACED = (
-    "openat,open,creat,stat,lstat,newfstatat,statx,access,faccessat,faccessat2,readlink,"
-    "mkdir,rmdir,link,linkat,unlink,unlinkat,rename,renameat,renameat2,getdents64,"
-    "fsync,fdatasync,truncate,ftruncate,utimensat"
-)
-_CALL = re.compile(rb"\d+ +(\w+)\(")
 
 
 def drive(run: Path, workers: int) -> dict[str, Any]:
@@ -55,6 +46,7 @@ def account(run: Path) -> dict[str, Any]:
     chain = reopen(run)
     told = [json.loads(path.read_text()) for path in calls_folder(run).glob("*.json")]
     times = [moment for worker in told for moment, _ in worker["calls"]]
+    asked_for = sum((Counter(worker["operations"]) for worker in told), Counter[str]())
     calls = Counter(key for worker in told for _, key in worker["calls"])
     folder = chain.run.shards("copy")
     made = sidecars(folder)
@@ -69,50 +61,23 @@ def account(run: Path) -> dict[str, Any]:
         "cpu_ms_a_shard": round(1000 * sum(w["cpu"] for w in told) / len(made), 2),
         "keys_called_twice": calls.total() - len(calls),
         "keys_stored_twice": stored.total() - len(stored),
+        "operations_a_shard": round(asked_for.total() / len(made), 1),
+        "operations_by_name": {
+            name: round(count / len(made), 2) for name, count in asked_for.most_common()
+        },
         "leases_left": len(list(chain.run.leases("copy").iterdir())),
     }
 
 
-def operations(run: Path, workers: int, shards: int) -> dict[str, Any]:
-    """Counts the system calls on names in the run's folder, by strace."""
-    log = run.with_name("strace")
-    command = ["strace", "-f", "-y", "--seccomp-bpf", "-qq", "-s", "1", "-e", f"trace={_TRACED}"]
-    command += ["-e", "signal=none", "-o", str(log), sys.executable, __file__, str(run)]
-    subprocess.run([*command, str(workers)], check=True)
-    inside = (str(run) + "/stages/").encode()
-    found: Counter[str] = Counter()
-    driver = None
-    with log.open("rb") as lines:
-        for line in lines:
-            pid = line.split(b" ", 1)[0]
-            driver = driver or pid
-            if pid != driver and inside in line and (call := _CALL.match(line)):
-                found[call[1].decode()] += 1
-    log.unlink()
-    each = {name: round(count / shards, 2) for name, count in found.most_common()}
-    return {"a_shard": round(found.total() / shards, 1), "by_call_a_shard": each}
-
-
 def measure(folder: Path, shards: int, workers: int) -> dict[str, Any]:
-    shape = Shape(shards, workers=workers)
-    timed, traced = folder / "timed", folder / "traced"
     kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True)
     result: dict[str, Any] = {
         "shape": {"shards": shards, "workers": workers},
         "file_system": kind.stdout.strip(),
         "load_before": round(os.getloadavg()[0], 1),
     }
-    prepare(timed, shape)
-    result |= drive(timed, workers)
-    shutil.rmtree(timed)
-    print(json.dumps(result), flush=True)
-    if shutil.which("strace"):
-        prepare(traced, shape)
-        result["operations"] = operations(traced, workers, shards)
-    else:
-        result["operations"] = "not counted: there is no strace here"
+    run = folder / "run"
+    prepare(run, Shape(shards, workers=workers))
+    result |= drive(run, workers)
+    shutil.rmtree(run)
     return result
-
-
-if __name__ == "__main__":  # what is traced
-    drive(Path(sys.argv[1]), int(sys.argv[2]))

@@ -7,10 +7,12 @@ payloads of `hpc.control`, ``noop.py submit RUN PROFILE``.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +46,36 @@ class Shape:
     workers: int = 16
 
 
+class Operations:
+    """Counts what this process asks a file system by name, and its syncs, inside a folder.
+
+    A listing counts as one; reading and writing open files does not count.
+    """
+
+    _BY_NAME = ("stat", "lstat", "open", "link", "unlink", "rename", "replace", "mkdir", "listdir")
+
+    def __init__(self, folder: Path) -> None:
+        self.found: Counter[str] = Counter()
+        inside = f"{folder}/"
+        for module, name in [*((os, name) for name in (*self._BY_NAME, "scandir")), (io, "open")]:
+            setattr(module, name, self._counted(getattr(module, name), name, inside))
+        sync = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            self.found["fsync"] += 1
+            sync(descriptor)
+
+        os.fsync = fsync
+
+    def _counted(self, plain: Any, name: str, inside: str) -> Any:
+        def counting(*words: Any, **named: Any) -> Any:
+            if words and str(words[0]).startswith(inside):
+                self.found[name] += 1
+            return plain(*words, **named)
+
+        return counting
+
+
 class Copy:
     """Hands its rows on; tells at its end what it was called for, outside the run."""
 
@@ -60,8 +92,12 @@ class Copy:
     async def close(self) -> None:
         spent = os.times()
         told = {"calls": self.calls, "cpu": spent.user + spent.system}
+        told["operations"] = operations.found if operations else {}
         name = f"{os.uname().nodename}-{os.getpid()}.json"
         (self.folder / name).write_text(json.dumps(told))
+
+
+operations: Operations | None = None
 
 
 def calls_folder(run: Path) -> Path:
@@ -116,6 +152,9 @@ def main(words: Sequence[str]) -> int:
         if command == "submit":
             submit(reopen(Path(run)), read_profile(Path(rest[0])))
             return 0
+        if command == "work":
+            global operations
+            operations = Operations(Path(run) / "stages")
         return payload(reopen(Path(run)), [command, *rest])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

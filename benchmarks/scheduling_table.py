@@ -98,10 +98,8 @@ def _claims(found: dict[str, Any]) -> Iterator[str]:
         "inputs worked on twice": found["keys_called_twice"],
         "inputs stored twice": found["keys_stored_twice"],
     }
-    operations = found["operations"]
-    if isinstance(operations, dict):
-        rows["metadata operations a shard"] = operations["a_shard"]
-        rows |= {f"— {name}": count for name, count in operations["by_call_a_shard"].items()}
+    rows["metadata operations a shard, start of the workers included"] = found["operations_a_shard"]
+    rows |= {f"— {name}": count for name, count in found["operations_by_name"].items()}
     for text, value in rows.items():
         yield f"| {text} | {value} |"
 

@@ -175,21 +175,22 @@ class Leases:
     ) -> Lease | None:
         """Takes one of the shards that nobody holds.
 
-        Costs two listings of the folder, which has no names but those of shards at work, and
-        the reading of held leases only when nothing is free. Tries them in random order, so
-        that many workers seldom collide.
+        Costs one or two listings of the folder, which has no names but those of shards at work,
+        and the reading of held leases only when nothing is free. Tries them in random order,
+        so that many workers seldom collide.
 
         Args:
             shards: Index of each unfinished shard to the lowest generation allowed for it
                 (above that of any part left in its folder).
             finished: Asked about a shard that seems free: whether it was finished since
                 ``shards`` was put together. Such a one is passed over.
-            takeover: Whether to look for owners that are gone where nothing is free.
+            takeover: Whether to look for owners that are gone where nothing is free. Without it
+                the folder is not listed beforehand: what is held does not let itself be taken.
 
         Returns:
             The lease, or None when all are held.
         """
-        held = self.held()
+        held = self.held() if takeover else {}
         for index in _shuffled(index for index in shards if index not in held):
             if not finished(index) and (lease := self._take(index, shards[index])):
                 return lease

@@ -230,10 +230,11 @@ class Worker:
 
     def _finished(self, index: int) -> bool:
         """Whether a shard was finished since the last listing."""
-        if not sidecar_path(shard_path(self._out, index)).exists():
-            return False
-        del self._left[index]
-        return True
+        finished = sidecar_path(shard_path(self._out, index)).exists()
+        # A lot is tried once: if it is neither finished nor free, another is at work on it.
+        if finished or not self._whole:
+            del self._left[index]
+        return finished
 
     def _forget(self) -> None:
         """Lists anew at the next look: what was remembered has turned out wrong."""
