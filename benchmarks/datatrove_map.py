@@ -9,7 +9,6 @@ import argparse
 import importlib.metadata
 import json
 import sys
-import time
 from pathlib import Path
 
 from datatrove.executor import SlurmPipelineExecutor
@@ -43,6 +42,8 @@ def main() -> None:
     pause = words.pause
 
     def copy(data, rank, world_size):
+        import time  # pickled by value, without the names around it
+
         for document in data:
             if pause:
                 time.sleep(pause)

@@ -303,7 +303,7 @@ def killed(system: Ours | Datatrove) -> dict[str, Any]:
     return result
 
 
-def on_cluster(words: argparse.Namespace) -> dict[str, Any]:
+def on_cluster(words: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
     cluster = Testbed()
     cluster.up(cluster.settings if cluster.running() else Settings())
     cluster.reset()
@@ -319,25 +319,23 @@ def on_cluster(words: argparse.Namespace) -> dict[str, Any]:
     try:
         # One after the other, and again: what the machine does beside this falls on both.
         rounds: list[dict[str, Any]] = []
+        result |= {"rounds": rounds, "killed": {}}
         for _ in range(words.rounds):
             ours = through(Ours(cluster, shape))
-            other = theirs(cluster, shape, words)
+            other = Datatrove(cluster, shape, words.datatrove)
             rounds.append({"ours": ours, "datatrove": through(other)})
-            result["datatrove"] = other.version
-        result["rounds"] = rounds
-        result["killed"] = {
-            "ours": killed(Ours(cluster, slow)),
-            "datatrove": killed(theirs(cluster, slow, words)),
-            "ours, no other worker on its node": killed(Ours(cluster, alone, cores=8)),
+            result |= {"datatrove": other.version, "load_after": round(os.getloadavg()[0], 1)}
+            save(result)
+        cases = {
+            "ours": Ours(cluster, slow),
+            "ours, no other worker on its node": Ours(cluster, alone, cores=8),
+            "datatrove": Datatrove(cluster, slow, words.datatrove),
         }
+        for name, system in cases.items():
+            result["killed"][name] = killed(system)
+            save(result)
     finally:
         cluster.reset()
-    result["load_after"] = round(os.getloadavg()[0], 1)
-    return result
-
-
-def theirs(cluster: Testbed, shape: Shape, words: argparse.Namespace) -> Datatrove:
-    return Datatrove(cluster, shape, words.datatrove)
 
 
 def origin() -> dict[str, Any]:
@@ -369,20 +367,22 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="for claims")
     parser.add_argument("--out", type=Path, default=RESULTS)
     words = parser.parse_args()
+    made_by = origin()
+
+    def save(result: dict[str, Any]) -> None:
+        write_json(words.out, (read_json(words.out) or {}) | {words.what: made_by | result})
+
     if words.what == "cluster":
         if words.datatrove is None:
             parser.error("--datatrove: give a Python that has datatrove and orjson")
         words.shards, words.workers = words.shards or 2000, words.workers or 16
-        result = on_cluster(words)
+        on_cluster(words, save)
     else:
         folder = Path(tempfile.mkdtemp(prefix="claims-", dir=words.folder))
         try:
-            result = claims.measure(folder, words.shards or 10_000, words.workers or 256)
+            save(claims.measure(folder, words.shards or 10_000, words.workers or 256))
         finally:
             shutil.rmtree(folder)
-    kept = read_json(words.out) or {}
-    kept[words.what] = origin() | result
-    write_json(words.out, kept)
     print(write(words.out))
     return 0
 
