@@ -128,9 +128,14 @@ class RunContext:
             file.write(json.dumps(took) + "\n")
 
     def tell(self, done: int, total: int) -> None:
-        """Writes the progress file, at most once a second but for the last step."""
+        """Writes the progress file, at most once a second but for the last step.
+
+        Args:
+            done: Inputs or steps.
+            total: Of how many; 0 where that is not known.
+        """
         now = time.monotonic()
-        if now - self._told < _TELL_SECONDS and done < total:
+        if now - self._told < _TELL_SECONDS and not 0 < total <= done:
             return
         self._told = now
         told = {"done": done, "total": total, "numbers": self._numbers, "time": time.time()}

@@ -53,6 +53,8 @@ def make_folder(path: Path) -> Path:
     Raises:
         UserError: It cannot be created.
     """
+    if path.is_dir():  # cheaper, on a network file system, than to be refused
+        return path
     try:
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)

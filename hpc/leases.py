@@ -81,7 +81,8 @@ class Lease:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
             self._descriptor: int = os.open(self.path, flags, 0o666)
         try:
-            self._write()
+            # Unsynced: what excludes others is the name; beats make the owner known.
+            self._write(sync=False)
         except BaseException:
             self.path.unlink()
             self.close()
@@ -132,12 +133,13 @@ class Lease:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _write(self, released: bool = False) -> None:
+    def _write(self, released: bool = False, sync: bool = True) -> None:
         state = {"beat": self._beats, "released": released, "owner": asdict(self._owner)}
         with disk_errors(self.path):
             # In place, to the open file: a lease that was removed cannot come back to life.
             os.pwrite(self._descriptor, json.dumps(state).ljust(511).encode() + b"\n", 0)
-            os.fsync(self._descriptor)
+            if sync:
+                os.fsync(self._descriptor)
 
 
 @dataclass
@@ -168,28 +170,36 @@ class Leases:
         """Makes the folder."""
         make_folder(self.directory)
 
-    def claim(self, shards: Mapping[int, int]) -> Lease | None:
+    def claim(
+        self,
+        shards: Mapping[int, int],
+        finished: Callable[[int], bool] = lambda index: False,
+        takeover: bool = True,
+    ) -> Lease | None:
         """Takes one of the shards that nobody holds.
 
-        Costs one listing of the folder, and the reading of held leases only when
-        nothing is free. Starts at a random place, so that many workers seldom collide.
+        Costs one or two listings of the folder, which has no names but those of shards at work,
+        and the reading of held leases only when nothing is free. Tries them in random order,
+        so that many workers seldom collide.
 
         Args:
             shards: Index of each unfinished shard to the lowest generation allowed for it
                 (above that of any part left in its folder).
+            finished: Asked about a shard that seems free: whether it was finished since
+                ``shards`` was put together. Such a one is passed over.
+            takeover: Whether to look for owners that are gone where nothing is free. Without it
+                the folder is not listed beforehand: what is held does not let itself be taken.
 
         Returns:
             The lease, or None when all are held.
         """
-        held = self._list()
-        free = [index for index in shards if index not in held]
-        random.shuffle(free)
-        for index in free:
-            if lease := self._take(index, shards[index]):
+        held = self.held() if takeover else {}
+        for index in _shuffled(index for index in shards if index not in held):
+            if not finished(index) and (lease := self._take(index, shards[index])):
                 return lease
-        taken = [index for index in shards if index in held]
-        random.shuffle(taken)
-        for index in taken:
+        if not takeover:
+            return None
+        for index in _shuffled(index for index in held if index in shards):
             if not self._stale(index, held[index]):
                 continue
             if lease := self._take(index, max(held[index] + 1, shards[index])):
@@ -211,22 +221,8 @@ class Leases:
         }
         return beating.issuperset(shards)
 
-    def owners(self) -> dict[int, Owner]:
-        """Who holds which shard now, as far as their files tell."""
-        found = {}
-        for index, generation in self._list().items():
-            state = _parse(_read(lease_path(self.directory, index, generation)))
-            if state is not None and not state[1]:
-                found[index] = state[0]
-        return found
-
-    def clear(self) -> None:
-        """Removes every lease of a complete stage: those of owners killed after their commit."""
-        for index, generation in self._list().items():
-            lease_path(self.directory, index, generation).unlink(missing_ok=True)
-
-    def _list(self) -> dict[int, int]:
-        """Index to the highest generation that has a lease."""
+    def held(self) -> dict[int, int]:
+        """Every index that has a lease, to its highest generation; one listing of the folder."""
         held: dict[int, int] = {}
         for path in self.directory.iterdir():
             if match := _NAME.fullmatch(path.name):
@@ -234,13 +230,27 @@ class Leases:
                 held[index] = max(generation, held.get(index, generation))
         return held
 
+    def owners(self) -> dict[int, Owner]:
+        """Who holds which shard now, as far as their files tell."""
+        found = {}
+        for index, generation in self.held().items():
+            state = _parse(_read(lease_path(self.directory, index, generation)))
+            if state is not None and not state[1]:
+                found[index] = state[0]
+        return found
+
+    def clear(self) -> None:
+        """Removes every lease of a complete stage: those of owners killed after their commit."""
+        for index, generation in self.held().items():
+            lease_path(self.directory, index, generation).unlink(missing_ok=True)
+
     def _take(self, index: int, generation: int) -> Lease | None:
         try:
             lease = Lease(self.directory, index, generation, self.owner)
         except FileExistsError:
             return None
         # The decision may rest on an old look at the folder: a later generation rules.
-        if self._list().get(index) != generation:
+        if self.held().get(index) != generation:
             lease.close()
             lease.path.unlink(missing_ok=True)
             return None
@@ -259,6 +269,12 @@ class Leases:
         if state is not None and (state[1] or self.dead(state[0])):
             return True
         return now - since >= self.ttl
+
+
+def _shuffled(indices: Iterable[int]) -> list[int]:
+    found = list(indices)
+    random.shuffle(found)
+    return found
 
 
 def lease_path(directory: Path, index: int, generation: int) -> Path:

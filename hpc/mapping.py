@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import os
+import random
 import sys
 import threading
 import time
@@ -26,13 +27,12 @@ from hpc.reading import join_shard
 from hpc.rundir import Chain
 from hpc.shards import Limits, ShardWriter, adopt
 from hpc.sidecars import (
-    Sidecar,
     list_folder,
     part_path,
+    read_sidecar,
     remove_parts,
     shard_path,
     sidecar_path,
-    sidecars,
 )
 from hpc.stages import Mapper, Row, Stage
 
@@ -40,6 +40,9 @@ _TICK = 0.5
 # An idle worker looks for work about every tenth of the time it has waited.
 _PATIENCE = 0.1
 _SHORTEST_POLL = 0.05
+# Free shards remembered from a listing. As many more listings as this are saved, and as many
+# names asked for in vain at worst.
+_LOTS = 32
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,10 @@ class Worker:
         self._out = chain.run.shards(stage.name)
         self._leases = Leases(chain.run.leases(stage.name), context.owner, pace.ttl, dead=pace.dead)
         self._folders = {role: chain.run.shards(name) for role, name in stage.inputs.items()}
-        self._sources = _numbered(next(iter(self._folders.values())))
-        self._total = sum(source.inputs for source in self._sources.values())
+        self._source = next(iter(self._folders.values()))
+        self._count = _count(self._source)
+        self._left: dict[int, int] = {}
+        self._whole = False
         self._claims: dict[int, _Claim] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -110,7 +115,6 @@ class Worker:
         self._idle_since: float | None = None
         self._next_look = 0.0
         self._complete = False
-        self._left: set[int] = set()
 
     def run(self) -> int:
         """Works until the stage is complete or the worker is asked to leave.
@@ -176,25 +180,20 @@ class Worker:
 
     def _spare(self) -> bool:
         """Whether nobody needs this worker any more: living owners hold all that is left."""
-        if self._pace.linger is None or self._idle_since is None:
+        if self._pace.linger is None or self._idle_since is None or not self._whole:
             return False
         idle = time.monotonic() - self._idle_since
         return idle >= self._pace.linger and self._leases.living(self._left)
 
     def _claim(self) -> _Claim | None:
         """Takes a shard that nobody holds, if there is one."""
-        while True:
-            folder = list_folder(self._out)
-            left = self._sources.keys() - folder.complete
-            self._left, self._complete = left, not left
-            free = {index: folder.floor(index) for index in left - self._claims.keys()}
-            lease = self._leases.claim(free) if free else None
-            if lease is None:
-                return None
+        while (lease := self._lease()) is not None:
+            self._left.pop(lease.index, None)
             try:
                 claim = self._open(lease)
             except (LostLease, FileNotFoundError):
                 lease.close()
+                self._forget()
                 continue
             except BaseException:
                 lease.release()
@@ -205,14 +204,59 @@ class Worker:
                 self._moved = time.monotonic()
                 return claim
             lease.drop()
+        return None
+
+    def _lease(self) -> Lease | None:
+        """A lease on an unfinished shard.
+
+        Listing thousands of shards costs too much to be done for each. So a worker draws some
+        lots at a listing, and asks by name which of them were finished meanwhile. Once hardly
+        any shard is free it remembers all that are left, and lists them no more.
+        """
+        if not self._left and not self._whole:
+            self._draw()
+        lease = self._claim_lot()
+        if lease is None and not self._whole:
+            self._draw()
+            lease = self._claim_lot()
+        done = lease is None and self._whole and not self._left
+        self._complete = done and not self._claims
+        return lease
+
+    def _claim_lot(self) -> Lease | None:
+        # Owners are only looked after when no free shard is left anywhere.
+        return self._leases.claim(dict(self._left), self._finished, takeover=self._whole)
+
+    def _draw(self) -> None:
+        """Lists the folders and remembers some free shards, or all that is left."""
+        folder, held = list_folder(self._out), self._leases.held()
+        left = set(range(self._count)) - folder.complete - self._claims.keys()
+        free = sorted(left - held.keys())
+        self._whole = len(free) <= _LOTS
+        drawn = left if self._whole else random.sample(free, _LOTS)
+        self._left = {index: folder.floor(index) for index in drawn}
+
+    def _finished(self, index: int) -> bool:
+        """Whether a shard was finished since the last listing."""
+        finished = sidecar_path(shard_path(self._out, index)).exists()
+        # A lot is tried once: if it is neither finished nor free, another is at work on it.
+        if finished or not self._whole:
+            del self._left[index]
+        return finished
+
+    def _forget(self) -> None:
+        """Lists anew at the next look: what was remembered has turned out wrong."""
+        self._left, self._whole = {}, False
 
     def _open(self, lease: Lease) -> _Claim | None:
         """Begins a shard, or goes on with a predecessor's; None if it turns out complete."""
         index = lease.index
         if sidecar_path(shard_path(self._out, index)).exists():
             return None
-        if adopt(self._out, index, self._sources[index], lease.generation) is not None:
-            return None
+        if shard_path(self._out, index).exists():
+            source = read_sidecar(shard_path(self._source, index))
+            if adopt(self._out, index, source, lease.generation) is not None:
+                return None
         parts = (part_path(self._out, index, older) for older in range(lease.generation)[::-1])
         resume = next((part for part in parts if part.exists()), None)
         writer = ShardWriter(self._out, index, lease.generation, resume, self._pace.limits)
@@ -326,6 +370,7 @@ class Worker:
         """Forgets a shard that another worker has taken over or finished."""
         claim.lost = True
         claim.writer.abandon()
+        self._forget()
         with self._lock:
             self._claims.pop(claim.index, None)
             if sidecar_path(claim.writer.path).exists():
@@ -368,9 +413,7 @@ class Worker:
     # ---- telling
 
     def _tell(self) -> None:
-        self._context.tell(
-            sum(len(claim.writer.done) for claim in self._claims.values()), self._total
-        )
+        self._context.tell(sum(len(claim.writer.done) for claim in self._claims.values()), 0)
 
     def _beat(self) -> None:
         """The heartbeat's thread. It beats as long as the main loop gets somewhere."""
@@ -402,13 +445,12 @@ class Worker:
                     pass  # A disk that is full now may have room at the next beat.
 
 
-def _numbered(folder: Path) -> dict[int, Sidecar]:
-    """The sidecars of the input that is walked, numbered without gaps."""
-    found = sidecars(folder)
+def _count(folder: Path) -> int:
+    """How many shards the input that is walked has, which must be numbered without gaps."""
+    complete = list_folder(folder).complete
     if not folder.is_dir():
         raise UserError(f"{folder}: there are no shards; run the stage that makes them first")
-    for expected, index in enumerate(found):
-        if expected != index:
-            path = shard_path(folder, expected)
-            raise UserError(f"{path}: the input is not complete; run its stage again")
-    return found
+    if gaps := set(range(max(complete, default=-1) + 1)) - complete:
+        path = shard_path(folder, min(gaps))
+        raise UserError(f"{path}: the input is not complete; run its stage again")
+    return len(complete)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -120,7 +121,8 @@ def list_folder(directory: Path) -> Folder:
     """Lists a folder of shards once; an absent one is empty."""
     folder = Folder(set(), {}, set())
     try:
-        names = [path.name for path in directory.iterdir()]
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries]
     except FileNotFoundError:
         return folder
     for name in names:

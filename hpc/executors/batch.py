@@ -245,8 +245,8 @@ def _last_lines(job: Job) -> str:
     """The lines that read the host bash; it ends the job, so that what follows is another try."""
     file = "work.sh" if job.role == "work" else "gate.sh"
     return (
-        "# This runs the payload, does what its exit status asks, and exits. It is read again only\n"
-        "# where a node cannot see it yet.\n"
+        "# This runs the payload, does what its exit status asks, and exits. It is read again "
+        "only\n# where a node cannot see it yet.\n"
         f'for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/{host_name()}/{file}"; done'
     )
 

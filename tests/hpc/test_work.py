@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import worked
 
-from hpc import gates
+from hpc import gates, mapping, reading
 from hpc.errors import UserError
 from hpc.frames import read_frames
 from hpc.rundir import CANCELLED, Chain, RunDir
@@ -383,10 +383,52 @@ def test_idle_worker_stays_where_an_owner_may_be_dead(team):
 
 
 def test_many_workers_at_once(team):
-    made = team(96, 4)
+    made = team(192, 2)
     workers = [made.start(pause=0.002, linger=0.0) for _ in range(10)]
     ends = {worker.wait() for worker in workers}
     assert 0 in ends and ends <= {0, gates.SPARE}
+    made.check()
+    assert max(Counter(made.called()).values()) == 1
+
+
+def test_a_shard_costs_no_listing_and_no_look_at_the_others(team, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    made = team(300, 1)
+    looks = Counter()
+
+    def counted(module, name):
+        plain = getattr(module, name)
+
+        def counting(path, *more):
+            looks[f"{name} {path.parent.name if path.is_dir() else 'file'}"] += 1
+            return plain(path, *more)
+
+        monkeypatch.setattr(module, name, counting)
+
+    counted(mapping, "list_folder")
+    counted(reading, "read_sidecar")
+    assert work(made.chain, "count") == 0
+    assert looks["list_folder numbers"] == 1
+    assert looks["list_folder count"] <= 300 / 32 + 3  # and the sweep at the end
+    assert looks["read_sidecar file"] == 300
+    made.check()
+
+
+def test_shards_others_finished_are_passed_over(team, monkeypatch):
+    """A worker's memory of a listing may be as old as it likes."""
+    made = team(120, 1)
+    plain = mapping.list_folder
+
+    def list_then_lose(folder):
+        found = plain(folder)
+        if folder == made.run.shards("count"):
+            monkeypatch.setattr(mapping, "list_folder", plain)
+            assert made.start().wait() == 0
+        return found
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(mapping, "list_folder", list_then_lose)
+    assert work(made.chain, "count") == 0
     made.check()
     assert max(Counter(made.called()).values()) == 1
 
