@@ -17,7 +17,7 @@ from typing import Any
 
 import submitit
 
-from hpc import slurm
+from hpc import container, slurm
 from hpc.cluster import Profile, Resources
 from hpc.errors import UserError
 from hpc.executors.base import Job
@@ -27,8 +27,10 @@ from hpc.rundir import RunDir
 _HOST = Path(__file__).parent / "host"
 _RANK = (
     "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "
-    'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE_RANK=$SLURM_NODEID; exec "$@"'
+    "LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE NODE_RANK=$SLURM_NODEID; "
 )
+# A step's own bash knows of the image what the script's does.
+_INSIDE = "inside=$(declare -p run role ${!image*}; declare -f $(compgen -A function))"
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,14 @@ def text(
     """
     if any(sign in str(run.path) for sign in "%\n\\\"'"):
         raise UserError(f"{run.path}: Slurm cannot log to a folder named so; choose another name")
+    if profile.container.image:
+        container.check_bindable(run.path)
     executor = SbatchText(run.path / "slurm")
     executor.parameters.update(_directives(run, job, profile, resources, by_hand))
     executor.parameters["setup"] = [*_setup(run, job, profile, resources, retry, by_hand)]
     executor.parameters["teardown"] = [_bash("work" if job.role == "work" else "decide")]
-    made: str = executor._make_submission_file_text(_command(job, run if by_hand else None), "")
+    line = _command(job, bool(profile.container.image), run if by_hand else None)
+    made: str = executor._make_submission_file_text(line, "")
     return made.replace("export SUBMITIT_EXECUTOR=slurm\n", "").rstrip() + "\n"
 
 
@@ -204,6 +209,10 @@ def _setup(
             "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
         ]
     lines.append(_bash("common"))
+    if profile.container.image:
+        lines.append(container.script(profile.container, resources.gpus, profile.scratch))
+        if job.nodes * job.tasks > 1:
+            lines.append(_INSIDE)
     if job.role == "work":
         return lines
     lines.append(f"exported=({' '.join(profile.export)}) notify={shlex.quote(profile.notify)}")
@@ -234,16 +243,23 @@ def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:
     return [*(fixed | dict(job.env)).items()]
 
 
-def _command(job: Job, unnamed: RunDir | None = None) -> str:
-    """The line that runs the payload; the directory of an ``unnamed`` run is ``$run``."""
+def _command(job: Job, inside: bool, unnamed: RunDir | None = None) -> str:
+    """The line that runs the payload, ``inside`` an image where there is one.
+
+    The directory of an ``unnamed`` run is ``$run``.
+    """
     hidden = str(unnamed.path) if unnamed else None
     words = " ".join('"$run"' if word == hidden else shlex.quote(word) for word in job.command)
     if job.nodes * job.tasks > 1:
         # Without ALL a step gets no more than the variables on the job's own list.
-        return (
-            f"run srun --export=ALL --kill-on-bad-exit=1 bash -c {shlex.quote(_RANK)} rank {words}"
-        )
-    return f"{'run' if job.role == 'work' else 'persist'} {words}"
+        step = "run srun --export=ALL --kill-on-bad-exit=1 bash -c"
+        if inside:
+            rank = shlex.quote(f'\n{_RANK}contained "$@"')
+            return f'{step} "$inside"{rank} rank {words}'
+        rank = shlex.quote(f'{_RANK}exec "$@"')
+        return f"{step} {rank} rank {words}"
+    contained = "contained " if inside else ""
+    return f"{'run' if job.role == 'work' else 'persist'} {contained}{words}"
 
 
 @cache

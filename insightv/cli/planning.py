@@ -73,15 +73,15 @@ def plan(
 def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     """Makes a run directory whose jobs somebody submits by hand: what `submit` writes first."""
     from hpc.naming import make_id
-    from hpc.submission import keep_profile
+    from hpc.submission import keep_profile, pinned
 
     run = chain.run
     run.create()
     with run.lock():
         save(chain, config, remake=False, held=True)
+        keep_profile(run, pinned(chain, profile))
         make_id(run)
-        keep_profile(run, profile)
-        run.add_provenance(chain.packages)
+        run.add_provenance(chain.packages, chain.image)
 
 
 def _write(
@@ -89,7 +89,9 @@ def _write(
 ) -> None:
     """Writes the scripts; they name no folder of this machine but those given here."""
     from hpc.planning import chain_script, plan_of
+    from hpc.submission import pinned
 
+    profile = pinned(chain, profile, other_image=True)
     # Whoever submits by hand has the command on the path, which jobs inherit.
     chain.command = ["insightv"]
     planned = plan_of(chain, profile, by_hand=True)
