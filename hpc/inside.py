@@ -11,7 +11,9 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
+from typing import cast
 
 _STATUS = Path("/var/lib/dpkg/status")
 _DOCS = Path("/usr/share/doc")
@@ -66,7 +68,7 @@ def _normal(name: str) -> str:
 
 
 def _python_licence(found: importlib.metadata.Distribution) -> str:
-    told = found.metadata
+    told = cast(Message, found.metadata)
     if expression := told.get("License-Expression"):
         return str(expression)
     classes = [c.rpartition(" :: ")[2] for c in told.get_all("Classifier", []) if "License" in c]
