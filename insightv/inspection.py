@@ -225,6 +225,8 @@ def main() -> None:
     found = list(everywhere(imports))
     if not asked.build and not any(finding.about == "torch" for finding in found):
         found += here(asked.run, asked.home, asked.gpus)
+    if asked.build:  # whoever reads the end of a log finds there what is wrong
+        found.sort(key=lambda finding: finding.level == "wrong")
     for finding in found:
         print(finding.level, finding.about, finding.said, sep="\t", flush=True)
     sys.exit(2 if any(finding.level == "wrong" for finding in found) else 0)

@@ -58,7 +58,8 @@ def build(
         raise UserError(f"--compression is {compression!r}: use gzip or zstd")
     definition, target = _definition(name, source), to or Path(f"{Path(name).stem}.sif")
     _refuse(images.preflight(definition, target, fakeroot))
-    words = ["--mksquashfs-args", f"-comp {compression}"]
+    level = " -Xcompression-level 6" if compression == "zstd" else ""
+    words = ["--mksquashfs-args", f"-comp {compression}{level}"]
     say = _progress()
     bases = _bases(base or ())
     summed = images.build(definition, target, source, say, fakeroot, bases, offline, words)

@@ -15,6 +15,7 @@ from testbed import Testbed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "containers"))
 import making  # noqa: E402
 
+from hpc.cluster import Resources  # noqa: E402
 from hpc.container import Container  # noqa: E402
 from hpc.rundir import read_json  # noqa: E402
 
@@ -71,6 +72,23 @@ def test_a_chain_inside_an_image(cluster: Testbed, image: Path) -> None:
         assert run.dir.read_manifest(stage)["image"] == start["image"]["sha256"]
     verbs = {path.name.partition("-")[0] for path in run.path.glob("*.seen")}
     assert verbs == {"work", "gate", "preflight"}
+
+
+def test_ranks_inside_an_image(cluster: Testbed, image: Path) -> None:
+    run = Run(cluster)
+    place = hand_over(cluster, image, run.folder)
+    source = Path(counting.__file__)
+    wide = Resources(memory="400M", nodes=2, tasks=2, minutes=10)
+    asked = profile(stages={"numbers": wide})
+    asked.container = Container(
+        str(place), program=["python", str(source)], binds=[str(source.parent)]
+    )
+    run.write(asked)
+    run.submit("small=true", "ranks=true")
+    run.check()
+    told = [read_json(run.path / f"rank{rank}.json") for rank in range(4)]
+    assert [entry["WORLD_SIZE"] for entry in told] == ["4"] * 4
+    assert [entry["LOCAL_RANK"] for entry in told] == ["0", "1", "0", "1"]
 
 
 def test_an_image_that_changes_ends_the_chain(cluster: Testbed, image: Path) -> None:

@@ -36,15 +36,16 @@ def make(folder: Path) -> Path:
     prefix = Path(sys.base_prefix)
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     standard = Path(sysconfig.get_path("stdlib"))
-    home = folder / "opt/python"
+    home = folder / "usr/local"
     shutil.copytree(standard, home / "lib" / version, ignore=LEFT_OUT)
     for library in (home / "lib" / version).rglob("*.so"):
         libraries(folder, library)
-    bring(folder, Path(sys.executable).resolve(), "opt/python/bin")
+    bring(folder, Path(sys.executable).resolve(), "usr/local/bin")
     for library in prefix.glob("lib/libpython*.so*"):
-        bring(folder, library, "opt/python/lib")
-    own = Path("/opt/python/bin") / Path(sys.executable).resolve().name
-    for link in (home / "bin" / "python", folder / "usr/bin/python3"):
+        bring(folder, library, "usr/local/lib")
+    own = Path("/usr/local/bin") / Path(sys.executable).resolve().name
+    for name in ("python", "python3"):
+        link = home / "bin" / name
         link.unlink(missing_ok=True)
         link.symlink_to(own)
     late(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hpc.container import Container, command, pin
 from hpc.driver import drive
 from hpc.errors import UserError
 from hpc.executors.local import LocalExecutor
-from hpc.rundir import Chain, read_json
+from hpc.rundir import STOPPED, Chain, read_json
 
 
 def opened(run: Path, image: Path | None) -> Chain:
@@ -41,3 +42,21 @@ def test_every_payload_runs_inside(image: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was begun in the image .* this is no image"):
         drive(opened(run, None), LocalExecutor())
     drive(opened(run, None), LocalExecutor(), other_image=True)
+
+
+def test_packages_in_the_way_fail_the_preflight(image: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    chain = opened(run, image)
+    source = Path(counting.__file__)
+    planted = tmp_path / "home" / "packages"
+    planted.mkdir(parents=True)
+    (planted / "jinja2.py").touch()
+    binds = [str(source.parent), str(planted)]
+    container = pin(Container(str(image), binds=binds, options=["--env", f"PYTHONPATH={planted}"]))
+    words = ["python", str(source), "preflight", str(run), "numbers"]
+    done = subprocess.run(
+        command(container, run, words, role="preflight"), capture_output=True, text=True
+    )
+    assert done.returncode == 77, done.stderr
+    reason = chain.run.marked(STOPPED) or ""
+    assert "shadowed by jinja2" in reason and "\n" not in reason

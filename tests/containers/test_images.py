@@ -54,12 +54,13 @@ def test_check_says_what_a_node_and_an_image_make(image: Path, tmp_path: Path) -
 def test_check_fails_where_packages_are_shadowed(image: Path, tmp_path: Path) -> None:
     planted = tmp_path / "packages"
     planted.mkdir()
-    (planted / "omegaconf.py").write_text("raise ImportError('not the image's')\n")
+    (planted / "jinja2.py").touch()
     profile = tmp_path / "p.yaml"
-    profile.write_text(f"container: {{image: {image}, binds: [{planted}], passed: [PYTHONPATH]}}\n")
+    options = f"[--env, 'PYTHONPATH={planted}']"
+    profile.write_text(f"container: {{image: x.sif, binds: [{planted}], options: {options}}}\n")
     words = ("image", "check", image, "--run-dir", tmp_path / "runs", "--cluster", profile)
-    done = making.insightv(*words, "--imports", "hpc", env={"PYTHONPATH": str(planted)})
-    assert done.returncode == 2 and "omegaconf" in done.stdout, done.stdout + done.stderr
+    done = making.insightv(*words, "--imports", "hpc")
+    assert done.returncode == 2 and "not the image's own: jinja2" in done.stdout, done.stderr
 
 
 def test_shadows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
