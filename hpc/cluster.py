@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc.config import load
+from hpc.container import Container
 from hpc.errors import UserError
 from hpc.stages import Stage
 
@@ -153,8 +154,9 @@ class Profile:
         training: Trainings.
         gate: Gates and the preflight.
         stages: Single stages by name, in place of their kind.
-        program: The command of the payload, where it is not this very installation, say
-            ``[apptainer, exec, --nv, /images/insightv.sif, insightv]``.
+        container: The image that every payload runs in; none by default.
+        program: The command of the payload, where it is neither this very installation nor in an
+            image.
         setup: Lines of bash before the payload (modules, ``ulimit``).
         environment: A file of ``export NAME=value`` lines that each job reads on its node: the
             place for tokens, which must be nobody else's to read. Slurm never sees it.
@@ -187,6 +189,7 @@ class Profile:
     training: Resources = field(default_factory=lambda: Resources(gpus=1, cores=4))
     gate: Gate = field(default_factory=Gate)
     stages: dict[str, Resources] = field(default_factory=dict)
+    container: Container = field(default_factory=Container)
     program: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)
     environment: str = ""
@@ -225,6 +228,14 @@ class Profile:
             raise UserError(
                 "submit.per_second, submit.patience, lease_ttl, linger and stall: "
                 "give positive numbers"
+            )
+        self.container.validate()
+        if self.program and (
+            self.container.image or Path(self.program[0]).name in ("apptainer", "singularity")
+        ):
+            raise UserError(
+                "program: with an image write `container: {image: …}` alone; what runs inside is "
+                "container.program"
             )
         for name in self.export:
             if not _VARIABLE.fullmatch(name):

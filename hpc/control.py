@@ -18,7 +18,9 @@ from hpc.accounting import spent, totals
 from hpc.cluster import Profile, read_profile
 from hpc.disk import make_folder
 from hpc.errors import UserError
+from hpc.inside import shadowed
 from hpc.logs import last_line
+from hpc.provenance import image
 from hpc.rundir import CANCELLED, STOPPED, Chain, read_json, write_json
 from hpc.slurm import read_accounts
 from hpc.work import work
@@ -104,6 +106,9 @@ def preflight(chain: Chain, names: list[str]) -> int:
             f"preflight: the file system of {chain.run.path} cannot hold a run "
             f"({error.strerror or error}); choose another",
         )
+    if image() is not None and (found := shadowed()):
+        said = f"the image's packages are shadowed by {', '.join(found[:3])}"
+        return _stop(chain, f"preflight: {said}; bind no folder with packages")
     for name in names:
         if not gates.fresh(chain, name):
             gates.prepare(chain, name)

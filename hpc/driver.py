@@ -24,6 +24,7 @@ from hpc.errors import UserError
 from hpc.executors.base import Executor, Job, State
 from hpc.executors.local import cores
 from hpc.logs import last_line
+from hpc.provenance import image
 from hpc.rundir import CANCELLED, STOPPED, Chain
 from hpc.stages import Stage
 from hpc.status import Advance, advance
@@ -96,6 +97,7 @@ def drive(
     slots: int | None = None,
     retries: int = 3,
     remake: bool = False,
+    other_image: bool = False,
 ) -> None:
     """Runs what is missing of a chain, in dependency order, and returns when it is complete.
 
@@ -109,6 +111,7 @@ def drive(
         slots: How many workers may run at once; by default one a core.
         retries: How often in a row a stage may fail without any progress in between.
         remake: Make stages again that were made with another configuration.
+        other_image: Go on in another container image than the run began in.
 
     Raises:
         Stopped: A stage failed for good, or the chain was cancelled.
@@ -123,6 +126,8 @@ def drive(
             chain.run.unmark(STOPPED, CANCELLED)
             if not remake:
                 gates.refuse_changes(chain)
+            if not other_image:
+                chain.run.refuse_other_image(chain.image or image())
             driver = _Driver(chain, executor, observer or Quiet(), slots or cores(), retries)
             with driver.signals():
                 driver.run()
@@ -164,7 +169,7 @@ class _Driver:
                 self.done.add(name)
                 self.observer.kept(stage)
         if len(self.done) < len(self.chain.stages):
-            self.chain.run.add_provenance(self.chain.packages)
+            self.chain.run.add_provenance(self.chain.packages, self.chain.image)
         try:
             while len(self.done) < len(self.chain.stages):
                 self._check_markers()

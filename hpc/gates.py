@@ -17,6 +17,7 @@ from typing import Any
 from hpc.config import digest, shaping
 from hpc.disk import make_folder
 from hpc.errors import UserError
+from hpc.provenance import image
 from hpc.rundir import STOPPED, Chain, read_json, write_json
 from hpc.shards import (
     Sidecar,
@@ -238,6 +239,7 @@ def _commit(
             "digest": digest({str(index): found[index].sha256 for index in sorted(found)}),
             "counts": dict(counts),
             "outputs": list(stage.outputs),
+            "image": (chain.image or image() or {}).get("sha256"),
             "started": begun.get("started", now),
             "finished": now,
             "seconds": round(begun.get("spent", 0.0) + now - begun.get("since", now), 3),

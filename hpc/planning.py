@@ -154,6 +154,8 @@ def _command(chain: Chain, profile: Profile, *words: str) -> tuple[str, ...]:
     """The payload's command: ``PROGRAM work RUN STAGE`` and its like."""
     command, *rest = words
     program = profile.program or chain.command
+    if profile.container.image:
+        program = profile.container.program
     return (*program, command, str(chain.run.path), *rest)
 
 

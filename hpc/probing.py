@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc import slurm
+from hpc import container, slurm
 from hpc.cluster import Profile
 from hpc.disk import make_folder
 from hpc.errors import UserError
@@ -89,9 +89,10 @@ def probe(
 def _text(one: _Probe, profile: Profile, command: Sequence[str], name: str) -> str:
     """The probe's batch script."""
     kind = one.kind
-    program = list(profile.program or command)
-    image = next((word for word in program if word.endswith((".sif", ".sqsh"))), "")
-    container = Path(program[0]).name in ("apptainer", "singularity")
+    program, image = list(profile.program or command), profile.container
+    if image.image:
+        asked = kind.resources.gpus
+        program = container.command(image, one.folder, image.program, asked, "probe")
     options = {
         "job-name": name,
         "partition": kind.partition,
@@ -114,7 +115,8 @@ def _text(one: _Probe, profile: Profile, command: Sequence[str], name: str) -> s
         "gpus": str(kind.resources.gpus),
         "scratch": profile.scratch,
         "rounds": str(_ROUNDS),
-        "image": image if container else "",
+        "image": image.image,
+        "runtime": image.runtime,
     }
     known = [f"{key}={shlex.quote(value)}" for key, value in settings.items()]
     known.append(f"program=({shlex.join(program)})")
@@ -200,7 +202,7 @@ def _of_node(title: str, known: Mapping[str, list[str]], kind: Kind) -> Iterator
     if kind.resources.gpus:
         yield from _of_gpus(about, known, kind.resources.gpus)
     for what in known.get("absent", []):
-        said = f"{what} is not there; install it, or name another in `program`"
+        said = f"{what} is not there; see `container` in the profile"
         yield Finding("wrong", f"{about}, container", said)
     for said in known.get("program", []):
         yield Finding("ok", f"{about}, program", said)

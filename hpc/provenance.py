@@ -34,7 +34,7 @@ def describe(packages: Sequence[str] = ("hpc",)) -> dict[str, Any]:
                 importlib.metadata.distributions(), key=lambda item: str(item.metadata["Name"])
             )
         },
-        "image": _image(),
+        "image": image(),
         "host": {
             "name": socket.gethostname(),
             "platform": platform.platform(),
@@ -77,17 +77,17 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _image() -> dict[str, Any] | None:
-    """The container image at work: its path and digest.
+def image() -> dict[str, Any] | None:
+    """The container image this process works in: its path and digest; None outside of any.
 
-    Whoever starts the container may give the digest as ``HPC_IMAGE_SHA256``, which saves
-    reading some gigabytes at each start.
+    Whoever starts the container may give both as ``HPC_IMAGE`` and ``HPC_IMAGE_SHA256``, which
+    saves reading some gigabytes at each start, and names the image where a copy is at work.
     """
     path = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if not path:
         return None
     if known := os.environ.get("HPC_IMAGE_SHA256"):
-        return {"path": path, "sha256": known}
+        return {"path": os.environ.get("HPC_IMAGE", path), "sha256": known}
     try:
         with Path(path).open("rb") as file:
             return {"path": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -179,14 +179,43 @@ class RunDir:
                 continue
         return [entry for entry in entries if isinstance(entry, dict)]
 
-    def add_provenance(self, packages: Sequence[str] = ("hpc",)) -> None:
-        """Records what is about to work in this run, unless the last start was the same."""
+    def add_provenance(
+        self, packages: Sequence[str] = ("hpc",), image: Mapping[str, Any] | None = None
+    ) -> None:
+        """Records what is about to work in this run, unless the last start was the same.
+
+        Args:
+            packages: Whose code.
+            image: What the payloads run in, where this process does not.
+        """
         entry = describe(packages)
+        entry["image"] = image or entry["image"]
         entries = (read_json(self.provenance) or {}).get("starts", [])
         fixed = ("code", "python", "packages", "image")
         if entries and all(entries[-1].get(name) == entry[name] for name in fixed):
             return
         write_json(self.provenance, {"starts": [*entries, entry]})
+
+    def image(self) -> dict[str, Any] | None:
+        """The image of the last start; None where that had none, or there was no start."""
+        starts = (read_json(self.provenance) or {}).get("starts", [])
+        found: dict[str, Any] | None = starts[-1].get("image") if starts else None
+        return found
+
+    def refuse_other_image(self, image: Mapping[str, Any] | None) -> None:
+        """Refuses to go on in another image than the run's stages were begun in.
+
+        Raises:
+            UserError: It is another, or one of the two is none.
+        """
+        if not any((self.path / "stages").glob("*/stage.json")):
+            return
+        before, now = ((one or {}).get("sha256") for one in (self.image(), image))
+        if before != now:
+            raise UserError(
+                f"{self.path}: was begun in {_shown(before)}, this is {_shown(now)}; put the "
+                "former in place, or say --other-image to go on with this one"
+            )
 
     def remove(self, stage: str, outputs: Iterable[str] = ()) -> None:
         """Removes a stage's folder and outputs, so that it is made again.
@@ -224,6 +253,8 @@ class Chain:
         run: The run directory.
         command: The program; a job is ``*command work RUN STAGE``.
         packages: Whose code is recorded as the run's.
+        reads: Folders outside of the run that payloads read.
+        image: Path and digest of the image that payloads run in; None: as this process does.
 
     Raises:
         UserError: A bad or doubled name, an unknown parent, a circle, a stage without payload.
@@ -233,6 +264,8 @@ class Chain:
     run: RunDir
     command: list[str]
     packages: tuple[str, ...]
+    reads: tuple[Path, ...]
+    image: dict[str, Any] | None
 
     def __init__(
         self,
@@ -240,12 +273,15 @@ class Chain:
         run: RunDir | Path | str,
         command: Sequence[str],
         packages: Sequence[str] = ("hpc",),
+        reads: Sequence[Path] = (),
     ) -> None:
         listed = list(stages.values() if isinstance(stages, Mapping) else stages)
         self.stages = _in_order(listed)
         self.run = run if isinstance(run, RunDir) else RunDir(run)
         self.command = list(command)
         self.packages = tuple(packages)
+        self.reads = tuple(reads)
+        self.image = None
 
     def identity(self, stage: str) -> str:
         """The hash of everything in a stage that shapes its result, inputs by name."""
@@ -272,6 +308,10 @@ class Chain:
             if found.intersection(other.parents):
                 found.add(name)
         return [name for name in self.stages if name in found and name != stage]
+
+
+def _shown(digest: str | None) -> str:
+    return f"the image {digest[:16]}…" if digest else "no image"
 
 
 def write_json(path: Path, value: Any) -> None:

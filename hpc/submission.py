@@ -19,12 +19,14 @@ from hpc.accounting import by_stage, spent
 from hpc.admission import admit
 from hpc.cluster import Profile, read_profile
 from hpc.config import dump
+from hpc.container import pin
 from hpc.disk import write_atomic
 from hpc.errors import UserError
 from hpc.executors.base import Job
 from hpc.executors.slurm import SlurmExecutor
 from hpc.naming import make_id, next_attempt, parse_name, prefix
 from hpc.planning import PREFLIGHT, Planned, Step, plan_of, preflight_job, steps_of
+from hpc.provenance import image
 from hpc.rundir import CANCELLED, STOPPED, Chain, RunDir, write_json
 from hpc.slurm import Queued
 from hpc.status import JobCounts
@@ -49,6 +51,7 @@ def submit(
     say: Say = print,
     remake: bool = False,
     prepare: Callable[[], None] | None = None,
+    other_image: bool = False,
 ) -> int:
     """Queues everything a chain still lacks.
 
@@ -59,6 +62,7 @@ def submit(
         remake: Make stages again that were made with another configuration.
         prepare: Called once the run is held, before anything is submitted: writes the chain's
             configuration, which its jobs read.
+        other_image: Go on in another container image than the run began in.
 
     Returns:
         How many jobs were submitted; 0 if the chain is complete or all of it is queued.
@@ -76,10 +80,11 @@ def submit(
             gates.refuse_changes(chain)
         if all(gates.standing(chain).values()):
             return 0
+        profile = pinned(chain, profile, other_image)
         run.unmark(STOPPED, CANCELLED, "slurm/finished")
         profile = keep_profile(run, profile)
         make_id(run)
-        run.add_provenance(chain.packages)
+        run.add_provenance(chain.packages, chain.image)
         if slurm.available():
             admit(_missing(chain, profile), profile)
         count = 0
@@ -101,6 +106,24 @@ def submit(
                     raise refused
                 return count
         raise UserError(f"{run.path}: Slurm keeps losing jobs it has taken; ask its admins")
+
+
+def pinned(chain: Chain, profile: Profile, other_image: bool = False) -> Profile:
+    """The profile with the digest of its image and all that the chain reads bound into it.
+
+    Raises:
+        UserError: The image is not there, or not the one it should be.
+    """
+    profile, run = copy.deepcopy(profile), chain.run
+    kept = profile_path(run)
+    known = read_profile(kept).container if kept.exists() else None
+    if profile.container.image:
+        found = pin(profile.container, known)
+        profile.container = found.seeing(chain.reads)
+        chain.image = {"path": found.image, "sha256": found.sha256}
+    if not other_image:
+        run.refuse_other_image(chain.image or image())
+    return profile
 
 
 def keep_profile(run: RunDir, profile: Profile) -> Profile:

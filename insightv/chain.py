@@ -18,7 +18,7 @@ from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
 from hpc.stages import Stage
 from insightv import payloads
-from insightv.config import NONE, ChainConfig, ModelConfig
+from insightv.config import NONE, ChainConfig, ModelConfig, folders
 from insightv.evaluation.answering import EntryConfig
 from insightv.generation import GenerationConfig
 from insightv.payloads import ROLES, MakeSet, Source
@@ -66,7 +66,7 @@ def assemble(config: ChainConfig, run: RunDir) -> Chain:
         UserError: An entry of the ladder does not exist, or cannot be made.
     """
     command = [sys.executable, "-m", "insightv"]
-    return Chain(_Stages(config).all(), run, command, ("hpc", "insightv"))
+    return Chain(_Stages(config).all(), run, command, ("hpc", "insightv"), folders(config))
 
 
 class _Stages:

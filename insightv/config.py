@@ -287,6 +287,17 @@ def model_folder(path: str) -> Path:
     return Path(insightv.__file__).parent / "demo" / "model" if path == EMBEDDED else Path(path)
 
 
+def folders(config: ChainConfig) -> list[Path]:
+    """The folders of this machine that a resolved configuration names: models and prompts."""
+    models = config.models
+    named = [
+        name
+        for model in (models.base, models.generator, models.judge, models.scorer)
+        for name in (model.path, model.prompts)
+    ]
+    return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
+
+
 def _sections(config: ChainConfig) -> Iterator[Any]:
     """Every section that can check itself."""
     training, rounds = config.training, config.rounds

@@ -19,7 +19,7 @@ from typing import Any
 
 import submitit
 
-from hpc import slurm
+from hpc import container, slurm
 from hpc.cluster import Profile, Resources
 from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
@@ -111,6 +111,8 @@ def text(
     """
     if any(sign in str(run.path) for sign in "%\n\\\"'"):
         raise UserError(f"{run.path}: Slurm cannot log to a folder named so; choose another name")
+    if profile.container.image:
+        container.check_bindable(run.path)
     executor = SbatchText(run.path / "slurm")
     executor.parameters.update(_directives(run, job, profile, resources, by_hand))
     executor.parameters["setup"] = [*_setup(run, job, profile, resources, retry, by_hand)]
@@ -201,6 +203,10 @@ def _setup(
     else:
         lines += [f"run={shlex.quote(str(run.path))}", f"prefix={prefix(run)}"]
         lines += [f"name={job.name}", f"log={shlex.quote(log)}"]
+    if profile.container.image:
+        lines += container.settings(profile.container, resources.gpus, profile.scratch)
+    else:
+        lines.append("image=  # none: the payload runs as it is")
     ranks = job.nodes * job.tasks
     lines += [
         f"stage={shlex.quote(job.stage)} attempt={job.attempt} role={job.role}",
@@ -254,8 +260,12 @@ def _last_lines(job: Job) -> str:
 @cache
 def _host() -> tuple[str, dict[str, str]]:
     """The digest of the host bash, and its files."""
-    common, work, gate = (
-        (_HOST / f"{name}.sh").read_text(encoding="utf-8") for name in ("common", "work", "gate")
+    common, contained, work, gate = (
+        (_HOST / f"{name}.sh").read_text(encoding="utf-8")
+        for name in ("common", "contained", "work", "gate")
     )
-    made = {"work.sh": f"{common}\n{work}", "gate.sh": f"{common}\n{gate}"}
+    made = {
+        f"{name}.sh": f"{common}\n{contained}\n{end}"
+        for name, end in (("work", work), ("gate", gate))
+    }
     return hashlib.sha256("\0".join(made.values()).encode()).hexdigest()[:12], made

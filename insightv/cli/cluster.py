@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from insightv.cli.runs import ChainArgument, Overrides, RemakeOption, RunOption, save
+from insightv.cli.runs import (
+    ChainArgument,
+    OtherImageOption,
+    Overrides,
+    RemakeOption,
+    RunOption,
+    save,
+)
 
 if TYPE_CHECKING:
     from hpc.cluster import Profile
@@ -25,6 +32,7 @@ def submit(
     cluster: ProfileOption = ...,  # type: ignore[assignment]
     run_dir: RunOption = None,
     remake: RemakeOption = False,
+    other_image: OtherImageOption = False,
 ) -> None:
     """Queue a whole chain on a cluster; the same command adds what is missing."""
     from hpc.cluster import read_profile
@@ -35,7 +43,8 @@ def submit(
     profile = read_profile(cluster)
     config = read(chain, overrides or ())
     assembled = assemble(config, RunDir(run_dir or Path("runs") / chain.stem))
-    send(assembled, profile, remake, prepare=lambda: save(assembled, config, remake, held=True))
+    prepare = lambda: save(assembled, config, remake, held=True)  # noqa: E731
+    send(assembled, profile, remake, prepare, other_image)
 
 
 def send(
@@ -43,11 +52,12 @@ def send(
     profile: Profile,
     remake: bool = False,
     prepare: Callable[[], None] | None = None,
+    other_image: bool = False,
 ) -> None:
     """Submits what a run lacks, and says so."""
     from hpc.submission import submit
 
-    count = submit(chain, profile, remake=remake, prepare=prepare)
+    count = submit(chain, profile, remake=remake, prepare=prepare, other_image=other_image)
     path = chain.run.path
     if count:
         print(f"{path}: {count} jobs submitted; `insightv status {path}` shows them")

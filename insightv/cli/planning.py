@@ -75,16 +75,16 @@ def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     """Makes a run directory whose jobs somebody submits by hand: what `submit` writes first."""
     from hpc.executors.batch import write_host
     from hpc.naming import make_id
-    from hpc.submission import keep_profile
+    from hpc.submission import keep_profile, pinned
 
     run = chain.run
     run.create()
     with run.lock():
         save(chain, config, remake=False, held=True)
+        keep_profile(run, pinned(chain, profile))
         make_id(run)
-        keep_profile(run, profile)
         write_host(run.path / "slurm")
-        run.add_provenance(chain.packages)
+        run.add_provenance(chain.packages, chain.image)
 
 
 def _write(
@@ -93,7 +93,9 @@ def _write(
     """Writes the scripts; they name no folder of this machine but those given here."""
     from hpc.executors.batch import write_host
     from hpc.planning import chain_script, plan_of
+    from hpc.submission import pinned
 
+    profile = pinned(chain, profile, other_image=True)
     # Whoever submits by hand has the command on the path, which jobs inherit.
     chain.command = ["insightv"]
     planned = plan_of(chain, profile, by_hand=True)

@@ -31,6 +31,12 @@ RemakeOption = Annotated[
     bool, typer.Option("--remake", help="Make again what another configuration made.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
+ImageOption = Annotated[
+    Path | None, typer.Option(metavar="SIF", help="A container image to run every stage in.")
+]
+OtherImageOption = Annotated[
+    bool, typer.Option("--other-image", help="Go on in another image than the run began in.")
+]
 _WATCH = 2.0  # seconds between looks
 _PIPE_WIDTH = 132
 
@@ -47,6 +53,8 @@ def run(
         list[Path] | None,
         typer.Option(metavar="RUN", help="Take over equal stages of another run; may be repeated."),
     ] = None,
+    image: ImageOption = None,
+    other_image: OtherImageOption = False,
 ) -> None:
     """Run a chain here; the same command resumes it."""
     from hpc.rundir import RunDir
@@ -55,10 +63,12 @@ def run(
 
     config = read(chain, overrides or ())
     target = RunDir(run_dir or Path("runs") / chain.stem)
-    _drive(assemble(config, target), config, remake, reuse or ())
+    assembled = assemble(config, target)
+    _contain(assembled, image)
+    _drive(assembled, config, remake, reuse or (), other_image)
 
 
-def retry(directory: RunArgument) -> None:
+def retry(directory: RunArgument, other_image: OtherImageOption = False) -> None:
     """Resume a run that stopped or was cancelled, where it was made: here or on its cluster."""
     from hpc.cluster import read_profile
     from hpc.submission import on_cluster, profile_path
@@ -68,21 +78,53 @@ def retry(directory: RunArgument) -> None:
     if on_cluster(chain.run):
         from insightv.cli.cluster import send
 
-        send(chain, read_profile(profile_path(chain.run)))
+        send(chain, read_profile(profile_path(chain.run)), other_image=other_image)
         return
-    _drive(chain, read(chain.run.chain_file))
+    before = chain.run.image()
+    _contain(chain, Path(before["path"]) if before else None)
+    _drive(chain, read(chain.run.chain_file), other_image=other_image)
+
+
+def _contain(chain: Chain, path: Path | None) -> None:
+    """Lets a chain's stages run inside an image, unless this process is inside one itself.
+
+    Raises:
+        UserError: There is no such image, or Apptainer is not here.
+    """
+    import shutil
+
+    from hpc.container import Container, command, pin
+    from hpc.provenance import image
+
+    if path is None or image() is not None:
+        return
+    if shutil.which("apptainer") is None:
+        raise UserError("apptainer is not here; install it, or load its module")
+    asked = Container(str(path))
+    asked.validate()
+    found = pin(asked).seeing(chain.reads)
+    chain.image = {"path": found.image, "sha256": found.sha256}
+    chain.command = command(found, chain.run.path, found.program)
 
 
 def _drive(
-    chain: Chain, config: ChainConfig, remake: bool = False, donors: Sequence[Path] = ()
+    chain: Chain,
+    config: ChainConfig,
+    remake: bool = False,
+    donors: Sequence[Path] = (),
+    other_image: bool = False,
 ) -> None:
     """Runs what is missing, then shows what came out."""
-    make(chain, config, remake, donors)
+    make(chain, config, remake, donors, other_image)
     _show_results(chain)
 
 
 def make(
-    chain: Chain, config: ChainConfig, remake: bool = False, donors: Sequence[Path] = ()
+    chain: Chain,
+    config: ChainConfig,
+    remake: bool = False,
+    donors: Sequence[Path] = (),
+    other_image: bool = False,
 ) -> None:
     """Runs what is missing, here."""
     from hpc import gates
@@ -107,8 +149,10 @@ def make(
             bars.console.print(
                 f"{chain.run.path}: {missing} of {len(standing)} stages to make", highlight=False
             )
-            executor = LocalExecutor(preload=PRELOAD)
-            drive(chain, executor, bars, slots=config.local.slots or None, remake=remake)
+            # What runs in an image has modules of its own; none of this process helps there.
+            executor = LocalExecutor(preload=() if chain.image else PRELOAD)
+            slots = config.local.slots or None
+            drive(chain, executor, bars, slots, remake=remake, other_image=other_image)
 
 
 def _take_over(chain: Chain, donors: Sequence[Path]) -> None:

@@ -22,6 +22,7 @@ run=$SLURM_SUBMIT_DIR
 prefix=iv-$(cat "$run/slurm/id")
 name=$prefix-dpo-pairs-a0
 log="$run/stages/dpo-pairs/logs/a0-0.log"
+image=  # none: the payload runs as it is
 stage=dpo-pairs attempt=0 role=work
 ranks=1 nodes=1 cores=1 gpus=0 minutes=30
 requeues=100 patience=600
@@ -30,4 +31,4 @@ payload=(insightv work "$run" dpo-pairs)
 # command
 # This runs the payload, does what its exit status asks, and exits. It is read again only
 # where a node cannot see it yet.
-for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-530eeee22e38/work.sh"; done
+for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-b7d4b10db87e/work.sh"; done

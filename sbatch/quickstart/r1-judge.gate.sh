@@ -22,6 +22,7 @@ run=$SLURM_SUBMIT_DIR
 prefix=iv-$(cat "$run/slurm/id")
 name=$prefix-r1-judge.gate-a0
 log="$run/slurm/logs/$name.log"
+image=  # none: the payload runs as it is
 stage=r1-judge attempt=0 role=gate
 ranks=1 nodes=1 cores=1 gpus=0 minutes=10
 requeues=100 patience=600
@@ -36,4 +37,4 @@ payload=(insightv gate "$run" r1-judge 0 0)
 # command
 # This runs the payload, does what its exit status asks, and exits. It is read again only
 # where a node cannot see it yet.
-for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-530eeee22e38/gate.sh"; done
+for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-b7d4b10db87e/gate.sh"; done

@@ -2,6 +2,7 @@
 # copy of its own, so that another version of the package never changes jobs in the queue.
 set -u  # only from here on: modules and environments seldom bear it
 asked= status=1 child=
+inside=${image:+contained}
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 else me=$SLURM_JOB_ID; fi
 

@@ -118,7 +118,7 @@ if [ ${#accounts[@]} -gt 0 ]; then
   else rm -f "$run/slurm/accounts.$SLURM_JOB_ID"; fi
 fi
 
-persist "${payload[@]}"
+persist $inside "${payload[@]}"
 
 said=$(mktemp); trap 'rm -f "$said"' EXIT
 case $status in

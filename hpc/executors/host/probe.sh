@@ -1,6 +1,6 @@
 # What a node is like: one line `what<TAB>value` a fact, in one file a task, in the probe's folder.
 # Two tasks on two nodes meet there and try what leases and shards rest on. Set before: folder
-# peers gpus scratch rounds image program (an array).
+# peers gpus scratch rounds image runtime program (an array).
 me=${SLURM_PROCID:-0}
 facts=$folder/facts-$me
 tell() { printf '%s\t%s\n' "$1" "$2" >>"$facts"; }
@@ -82,7 +82,7 @@ else
 fi
 
 if [ -n "$image" ]; then
-  command -v "${program[0]}" >/dev/null || tell absent "${program[0]}"
+  command -v "$runtime" >/dev/null || tell absent "$runtime"
   [ -r "$image" ] || tell absent "$image"
 fi
 if said=$(timeout 180 "${program[@]}" --version 2>&1); then tell program "$(tail -n 1 <<<"$said")"

@@ -1,12 +1,16 @@
 if [ "$ranks" -gt 1 ]; then  # all at once, with the variables by which torch finds the others
   export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  start='exec "$@"'
+  # A step's own bash knows of the image what this one does.
+  [ -z "$inside" ] || start=$(declare -p run role ${!image*}; declare -f $(compgen -A function)
+    echo 'contained "$@"')
   # Without ALL a step gets no more than the variables on the job's own list.
   run srun --export=ALL --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID \
     WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE \
-    NODE_RANK=$SLURM_NODEID; exec "$@"' rank "${payload[@]}"
+    NODE_RANK=$SLURM_NODEID; '"$start" rank "${payload[@]}"
 else
-  run "${payload[@]}"
+  run $inside "${payload[@]}"
 fi
 
 others=
