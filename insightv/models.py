@@ -401,7 +401,9 @@ def positions(model: Any) -> Callable[[Encoding], torch.Tensor]:
         assert index is not None
         kinds = {name: torch.tensor([values]) for name, values in encoding.marks.items()}
         grid = picture_tensors(encoding.pictures)["image_grid_thw"]
-        numbered, _ = index(torch.tensor([encoding.ids]), image_grid_thw=grid, **kinds)
+        numbered: torch.Tensor = index(torch.tensor([encoding.ids]), image_grid_thw=grid, **kinds)[
+            0
+        ]
         return numbered[:, 0]
 
     return plain if index is None else spatial

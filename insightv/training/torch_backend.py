@@ -235,6 +235,7 @@ def token_logps(model: Any, batch: Batch) -> Tensor:
         inputs["spans"] = attention_mask(batch, "spans")
     else:
         mask = attention_mask(batch, "dense")
+        assert isinstance(mask, Tensor)
         if text._attn_implementation == "eager":
             # Eager attention adds its mask to the scores, in whatever type these are.
             half = torch.is_autocast_enabled(mask.device.type)
