@@ -342,5 +342,6 @@ def test_long_sequences_with_many_tiles(name, tokens, tmp_path):
 
     pair = Example("long", (reply(room), reply(room // 3)))
     small = Example("small", (reply(50), reply(90)))
-    for attention in ("sdpa", SPANS):
+    # A dense mask of 16k × 16k is what `spans` is there to avoid.
+    for attention in ("sdpa", SPANS) if tokens < 8192 else (SPANS,):
         compared(model.model, [pair, small], Packer(model.model, 0, 2 * tokens, True), attention)
