@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -28,6 +28,8 @@ from insightv.records import Message
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOWERS = ("vision_tower", "visual", "vision_model")
 _PROJECTORS = ("merger", "deepstack_merger_list")
+_PACKABLE = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+"""Families whose language model is plainly causal, and for which packing is tested."""
 
 
 def _do_without_video() -> None:
@@ -357,9 +359,13 @@ def collate(
         rows = [e.marks.get(name) or [0] * len(e.ids) for e in encodings]
         batch[name] = padded(rows, 0)
     pictures = [picture for encoding in encodings for picture in encoding.pictures]
-    for name in dict.fromkeys(name for picture in pictures for name in picture.tensors):
-        batch[name] = _joined([picture.tensors[name] for picture in pictures])
-    return batch
+    return batch | picture_tensors(pictures)
+
+
+def picture_tensors(pictures: Sequence[EncodedPicture]) -> dict[str, torch.Tensor]:
+    """The pictures' tensors by name, joined along their first dimension."""
+    names = dict.fromkeys(name for picture in pictures for name in picture.tensors)
+    return {name: _joined([picture.tensors[name] for picture in pictures]) for name in names}
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -375,6 +381,48 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
             filled.append(torch.cat([tensor, tensor.new_zeros(shape)], dim=1))
         tensors = filled
     return torch.cat(tensors)
+
+
+def positions(model: Any) -> Callable[[Encoding], torch.Tensor]:
+    """How a model numbers the tokens of one chat.
+
+    Returns:
+        A function of an encoding to its position ids: [n], or [3, n] (time, height, width)
+        for the M-RoPE of the Qwen-VL families, always, also where no picture is.
+    """
+    index = getattr(model.model, "get_rope_index", None)
+
+    def plain(encoding: Encoding) -> torch.Tensor:
+        return torch.arange(len(encoding.ids))
+
+    def spatial(encoding: Encoding) -> torch.Tensor:
+        if not encoding.pictures:
+            return plain(encoding).expand(3, -1)
+        assert index is not None
+        kinds = {name: torch.tensor([values]) for name, values in encoding.marks.items()}
+        grid = picture_tensors(encoding.pictures)["image_grid_thw"]
+        numbered: torch.Tensor = index(torch.tensor([encoding.ids]), image_grid_thw=grid, **kinds)[
+            0
+        ]
+        return numbered[:, 0]
+
+    return plain if index is None else spatial
+
+
+def check_packable(model: Any) -> None:
+    """Refuses models whose attention is more than `a token sees those before it`.
+
+    Raises:
+        UserError: The family is not known to be, or some of its layers see a window only.
+    """
+    kind, text = model.config.model_type, model.config.get_text_config()
+    if kind not in _PACKABLE:
+        raise UserError(f"models of type {kind} cannot be trained: use {', '.join(_PACKABLE)}")
+    window = getattr(text, "sliding_window", None)
+    layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if window or layers:
+        seen = f"a window of {window} tokens" if window else ", ".join(sorted(layers))
+        raise UserError(f"the {kind} model has layers that see {seen}: they cannot be trained")
 
 
 def freeze_vision(model: Any) -> int:

@@ -1,11 +1,12 @@
-"""From rows to batches: tokens, targets, and which sample belongs to which step.
+"""From rows to examples: tokens, targets, and which sample belongs to which step.
 
 A sample is tokenised as inference does it: the tokens of the chat up to an assistant turn
 are exactly those a model is given when it is asked for that turn. Targets are the turn's
 text and the end-of-turn token.
 
-Which samples make up a step depends on (seed, step) alone. How a step is cut into
-micro-batches depends on lengths and the token budget, and changes no result.
+Which samples make up a step depends on (seed, step) alone. How a step is packed into
+micro-batches (`insightv.training.packing`) depends on lengths, the token budget and the
+number of ranks, and changes no result.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hpc.errors import RecordError, UserError
 from hpc.stages import Row
@@ -72,45 +71,6 @@ class Example:
     def length(self) -> int:
         """Tokens of the longest of its sequences."""
         return max(len(reply.encoding.ids) for reply in self.replies)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch as plain tensors.
-
-    Targets are listed, not laid out: target t is predicted by the hidden state at flat
-    position ``positions[t]`` of the [rows, width] inputs, and belongs to reply
-    ``segments[t]``. So logits are computed where they count only, and one position may
-    predict several targets.
-
-    Attributes:
-        inputs: What the model takes: token ids [rows, width], right-padded, pictures, marks.
-        positions: [T] indices into rows × width.
-        targets: [T] token ids.
-        segments: [T] reply numbers, 0 … replies - 1, in the order of the examples.
-        reference: [replies] log-probability sums under the reference; empty for SFT.
-        replies: How many replies.
-        keys: Keys of the examples.
-        tokens: Tokens without padding.
-    """
-
-    inputs: dict[str, Tensor]
-    positions: Tensor
-    targets: Tensor
-    segments: Tensor
-    reference: Tensor
-    replies: int
-    keys: tuple[str, ...]
-    tokens: int
-
-    def to(self, device: str) -> Batch:
-        """The same batch on another device."""
-        moved = {name: value.to(device) for name, value in self.inputs.items()}
-        tensors = {
-            name: getattr(self, name).to(device)
-            for name in ("positions", "targets", "segments", "reference")
-        }
-        return replace(self, inputs=moved, **tensors)
 
 
 class PictureCache:
@@ -239,54 +199,6 @@ def end_of_turn(processor: Any) -> list[int]:
         if token in special:
             return ids[: place + 1]
     return [tokenizer.eos_token_id]
-
-
-def collate(examples: Sequence[Example], pad_token: int) -> Batch:
-    """One micro-batch of whole examples.
-
-    The attention mask is left out on purpose: behind right padding no real token can look at
-    padding in a causal model, and without a mask attention takes its fast path.
-    """
-    rows = [reply for example in examples for reply in example.replies]
-    inputs = models.collate([row.encoding for row in rows], pad_token, side="right")
-    del inputs["attention_mask"]
-    width = inputs["input_ids"].shape[1]
-    positions, targets, segments = [], [], []
-    for number, row in enumerate(rows):
-        for start, stop in row.spans:
-            # The token at p is predicted at p - 1; a span never starts at 0, a prompt does.
-            positions.append(torch.arange(start - 1, stop - 1) + number * width)
-            targets.append(torch.tensor(row.encoding.ids[start:stop]))
-            segments.append(torch.full((stop - start,), number))
-    return Batch(
-        inputs=inputs,
-        positions=torch.cat(positions),
-        targets=torch.cat(targets),
-        segments=torch.cat(segments),
-        reference=torch.tensor(
-            [value for example in examples for value in example.reference], dtype=torch.float64
-        ),
-        replies=len(rows),
-        keys=tuple(example.key for example in examples),
-        tokens=sum(len(row.encoding.ids) for row in rows),
-    )
-
-
-def micro_batches(examples: Sequence[Example], pad_token: int, budget: int) -> list[Batch]:
-    """Cuts a step's examples into micro-batches of at most ``budget`` padded tokens.
-
-    Examples of like length go together, so that little is padding; one that alone exceeds
-    the budget goes alone.
-    """
-    groups: list[list[Example]] = []
-    rows = 0
-    for example in sorted(examples, key=lambda one: (one.length, one.key)):
-        rows += len(example.replies)
-        if not groups or rows * example.length > budget:
-            groups.append([])
-            rows = len(example.replies)
-        groups[-1].append(example)
-    return [collate(group, pad_token) for group in groups]
 
 
 class Rows:

@@ -38,8 +38,10 @@ class TrainConfig:
             dropped and counted, never cut.
         seed: Shuffles the data.
         max_skipped_steps: How many steps with a loss that is not a number may be passed over.
-        tokens_per_micro_batch: How many tokens (padding included) go through the model at
-            once. The result is the same for any value; memory and speed are not.
+        tokens_per_micro_batch: The packing budget: how many tokens (padding included) go
+            through the model at once; a sample that alone has more goes alone. The result is
+            the same for any value; memory and speed are not. 16384 holds one sample of the
+            longest length and some short ones.
         recompute: Recompute activations in the backward pass: a third slower, much less memory.
         save_steps: Writes a checkpoint every so many steps; 0 leaves it to ``save_seconds``.
         save_seconds: Writes a checkpoint after so many seconds without one; 0 is never.
@@ -126,7 +128,8 @@ class DPOConfig(TrainConfig):
             A weight of 0 switches a term off.
         beta: How strongly the policy is tied to the reference.
         label_smoothing: Probability that a pair's order is wrong (``sigmoid`` only).
-        length_normalised: Divide each reply's log-ratio by its tokens (``sigmoid``, ``bco``).
+        length_normalised: Divide each reply's log-ratio by its tokens (``sigmoid``, ``bco``;
+            ``ipo`` always does).
     """
 
     epochs: int = 1  # paper: one a round
@@ -169,7 +172,7 @@ class ReferenceConfig:
     Attributes:
         precision: As in training, so that the first step's margins are 0.
         max_length: A pair that is longer is passed on without values; training drops it.
-        tokens_per_batch: How many tokens (padding included) go through the model at once.
+        tokens_per_batch: The packing budget, as ``tokens_per_micro_batch`` in training.
         concurrency: How many questions are in flight, so that batches fill.
         picture_cache_mb: Memory for prepared pictures.
         device: ``auto``, ``cpu`` or ``cuda``.

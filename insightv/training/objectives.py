@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from insightv.training.batches import Batch
 from insightv.training.config import DPOConfig
+from insightv.training.packing import Batch
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,18 @@ class Totals:
         samples: Samples or pairs.
         target_tokens: Tokens the loss covers.
         chosen_tokens: Of those, the winners'.
-        tokens: All tokens, prompts and pictures included.
+        tokens: All tokens that go through the model, prompts and pictures included; those
+            that several replies share count once.
+        unshared: Tokens of the replies as sequences of their own.
+        places: Rows times width of the micro-batches: the tokens and the padding.
     """
 
     samples: int = 0
     target_tokens: int = 0
     chosen_tokens: int = 0
     tokens: int = 0
+    unshared: int = 0
+    places: int = 0
 
     @classmethod
     def of(cls, batches: Iterable[Batch]) -> Totals:
@@ -172,8 +177,8 @@ class Totals:
             (
                 len(batch.keys),
                 len(batch.targets),
-                int((batch.segments % 2 == 0).sum()),
-                batch.tokens,
+                int((batch.owners % 2 == 0).sum()),
+                *(batch.tokens, batch.unshared, batch.segments.numel()),
             )
             for batch in batches
         ]
@@ -219,7 +224,7 @@ class Preference:
 
     def share(self, logps: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Replies | None]:
         """See `Objective`."""
-        pairs = replies(logps, batch.segments, batch.reference)
+        pairs = replies(logps, batch.owners, batch.reference)
         loss = preference_loss(pairs, self.config, totals.samples, totals.chosen_tokens)
         return loss, pairs.detach()
 

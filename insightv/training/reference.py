@@ -12,9 +12,10 @@ import torch
 from hpc.stages import Row
 from insightv import models
 from insightv.pictures import Pictures
-from insightv.training.batches import Encoder, Example, TooLong, micro_batches
+from insightv.training.batches import Encoder, Example, TooLong
 from insightv.training.config import ReferenceConfig
 from insightv.training.objectives import segment_sums
+from insightv.training.packing import Packer
 from insightv.training.torch_backend import LogProbs
 
 
@@ -33,11 +34,10 @@ class Reference:
         """
         config.validate()
         self.concurrency = config.concurrency
-        self._config = config
         loaded = models.load(model, device=config.device, dtype="float32")
         self._device, self.digest = str(loaded.model.device), loaded.digest
         self._logps = LogProbs(loaded.model, config.precision)
-        self._pad: int = loaded.tokenizer.pad_token_id
+        self._packer = Packer(loaded.model, loaded.tokenizer.pad_token_id, config.tokens_per_batch)
         self._encoder = Encoder(
             loaded.processor, pictures, config.max_length, config.picture_cache_mb
         )
@@ -118,9 +118,9 @@ class Reference:
             Example(f"{place:09d}", example.replies) for place, example in enumerate(examples)
         ]
         values: dict[int, tuple[float, float]] = {}
-        for batch in micro_batches(marked, self._pad, self._config.tokens_per_batch):
+        for batch in self._packer.batches(marked):
             batch = batch.to(self._device)
-            sums = segment_sums(self._logps(batch), batch.segments, batch.replies).tolist()
+            sums = segment_sums(self._logps(batch), batch.owners, batch.replies).tolist()
             for number, key in enumerate(batch.keys):
                 values[int(key)] = (sums[2 * number], sums[2 * number + 1])
         return [values[place] for place in range(len(examples))]

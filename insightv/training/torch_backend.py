@@ -20,14 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc.errors import UserError
 from insightv import models
-from insightv.training.batches import Batch
+from insightv.training.attention import SPANS, additive, attention_mask
 from insightv.training.config import TrainConfig
 from insightv.training.objectives import Objective, Replies, Totals
+from insightv.training.packing import Batch, Packer
 
 LOGITS = 2**27
 """At most this many logits (targets × vocabulary) are held at once: 0.5 GB in fp32."""
 SHORT = 512
-"""Up to this width, attention on a CPU in bf16 is written out as matrix products."""
+"""Up to this width attention is one product over all rows, under a dense mask; beyond, the
+mask's width² costs more than attending segment by segment."""
 _POSTPROCESSED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of families that change logits after the head, so that the head alone is wrong."""
 
@@ -53,7 +55,7 @@ class Backend(Protocol):
     """What a trainer asks of the machinery that holds the model."""
 
     processor: Any
-    pad_token: int
+    packer: Packer
     digest: str
     """Of the model folder training began from."""
 
@@ -89,7 +91,6 @@ class TorchBackend:
         """
         loaded = models.load(folder, device=config.device, dtype="float32")
         self.model, self.processor, self.digest = loaded.model, loaded.processor, loaded.digest
-        self.pad_token: int = loaded.tokenizer.pad_token_id
         self.device = str(self.model.device)
         self._logps = LogProbs(self.model, config.precision)
         self._clip = config.grad_clip or math.inf
@@ -107,6 +108,8 @@ class TorchBackend:
         }
         if not self._trained:
             raise UserError(f"{folder}: every tensor is frozen, nothing is left to train")
+        pad_token, budget = loaded.tokenizer.pad_token_id, config.tokens_per_micro_batch
+        self.packer = Packer(self.model, pad_token, budget)
         self._optimizer = torch.optim.AdamW(
             self._trained.values(),
             lr=config.learning_rate,
@@ -200,15 +203,19 @@ class LogProbs:
         self.model, self._half = model, precision == "bf16"
         self._device = torch.device(model.device).type
         self._attention: str = model.config._attn_implementation
+        self._set = (self._attention, self._attention)
 
     def __call__(self, batch: Batch) -> Tensor:
         """See `token_logps`; the batch is on the model's device."""
         # SDPA's backward pass on a CPU takes a third of a step; matrix products in bf16 make
         # the step 1.5 times as fast, at a cost in memory that grows with the square of width.
-        short = batch.inputs["input_ids"].shape[1] <= SHORT
-        wanted = "eager" if self._device == "cpu" and self._half and short else self._attention
-        if self.model.config._attn_implementation != wanted:
-            self.model.set_attn_implementation(wanted)
+        short = batch.width <= SHORT
+        outer = "eager" if self._device == "cpu" and self._half and short else self._attention
+        wanted = (outer, outer if short else SPANS)
+        if self._set != wanted:
+            names = {"": outer, "vision_config": outer, "text_config": wanted[1]}
+            self.model.set_attn_implementation(names)
+            self._set = wanted
         with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._half):
             return token_logps(self.model, batch)
 
@@ -223,11 +230,22 @@ def token_logps(model: Any, batch: Batch) -> Tensor:
         [T] in fp32, nats.
     """
     text = model.config.get_text_config()
+    inputs: dict[str, Any] = {**batch.inputs, "use_cache": False}
+    if text._attn_implementation == SPANS:
+        inputs["spans"] = attention_mask(batch, "spans")
+    else:
+        mask = attention_mask(batch, "dense")
+        assert isinstance(mask, Tensor)
+        if text._attn_implementation == "eager":
+            # Eager attention adds its mask to the scores, in whatever type these are.
+            half = torch.is_autocast_enabled(mask.device.type)
+            mask = additive(mask, torch.bfloat16 if half else model.dtype)
+        inputs["attention_mask"] = mask
     if any(getattr(text, name, None) for name in _POSTPROCESSED) or not hasattr(model, "lm_head"):
-        logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
-        return _logps(logits[batch.positions], batch.targets)
-    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    hidden = hidden[batch.positions]
+        logits = model(**inputs).logits.flatten(0, 1)
+        return _logps(logits[batch.places], batch.targets)
+    hidden = model.model(**inputs).last_hidden_state.flatten(0, 1)
+    hidden = hidden[batch.places]
     pieces = max(1, math.ceil(len(hidden) * text.vocab_size / LOGITS))
     if pieces == 1:
         return _logps(model.lm_head(hidden), batch.targets)

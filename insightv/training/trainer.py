@@ -29,9 +29,7 @@ from insightv.training.batches import (
     Example,
     Rows,
     TooLong,
-    collate,
     encode_all,
-    micro_batches,
     step_members,
 )
 from insightv.training.checkpoint import Checkpoints, Position, writing
@@ -212,8 +210,7 @@ class _Training:
         line: dict[str, Any] = {"step": position.step, "loss": None, "grad_norm": None, "lr": rate}
         totals = Totals()
         if examples:
-            budget = self.config.tokens_per_micro_batch
-            batches = micro_batches(examples, self.backend.pad_token, budget)
+            batches = self.backend.packer.batches(examples)
             totals = Totals.of(batches)
             outcome = self.backend.step(batches, self.objective, rate)
             if outcome.applied:
@@ -230,6 +227,10 @@ class _Training:
         position.seconds += seconds
         line |= {"samples": totals.samples, "tokens": totals.tokens}
         line |= {"target_tokens": totals.target_tokens, "seconds": round(seconds, 4)}
+        if totals.places:
+            # What packing left empty, and what sharing prefixes saved.
+            line["packing_efficiency"] = round(totals.tokens / totals.places, 4)
+            line["shared_tokens"] = totals.unshared - totals.tokens
         if dropped:
             line["dropped"] = sorted(dropped)
         return line
@@ -241,7 +242,7 @@ class _Training:
             example.key
             for example in examples
             if not math.isfinite(
-                self.backend.loss(collate([example], self.backend.pad_token), self.objective)
+                self.backend.loss(self.backend.packer.batches([example])[0], self.objective)
             )
         ]
         keys = guilty or [example.key for example in examples]

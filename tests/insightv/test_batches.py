@@ -16,6 +16,7 @@ from insightv.pictures import Pictures, PictureWriter
 from insightv.records import Message, TrainingSample
 from insightv.training import batches
 from insightv.training.batches import Encoder
+from insightv.training.packing import Packer, Tree
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +94,12 @@ def test_only_marked_turns_are_targets(pictures):
     row = TrainingSample("k", "k", (), chat, "plain").to_json()
     tokenizer = loaded("llava").tokenizer
     example = encoder("llava", pictures).sample(row)
-    batch = batches.collate([example], tokenizer.pad_token_id)
-    assert tokenizer.decode(batch.targets) == "second<|im_end|>"
-    assert "third" not in tokenizer.decode(example.replies[0].encoding.ids)
-    flat = batch.inputs["input_ids"].flatten()
-    assert flat[batch.positions + 1].tolist() == batch.targets.tolist()
+    reply = example.replies[0]
+    (start, stop), ids_ = reply.spans[0], reply.encoding.ids
+    assert tokenizer.decode(ids_[start:stop]) == "second<|im_end|>"
+    assert "third" not in tokenizer.decode(ids_)
+    tree = Tree.of(example, models.positions(loaded("llava").model))
+    assert [ids_[place + 1] for place in tree.places] == tree.targets == ids_[start:stop]
 
 
 @pytest.mark.parametrize(
@@ -160,16 +162,16 @@ def test_a_broken_picture_is_told_by_key(tmp_path):
 @given(budget=st.integers(1, 2000), seed=st.integers(0, 50))
 def test_micro_batches_hold_every_example_once(budget, seed, tmp_path_factory):
     examples = pool(tmp_path_factory)
+    packer = Packer(loaded("llava").model, 0, budget)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-    cut = batches.micro_batches([examples[n] for n in order], 0, budget)
+    cut = packer.batches([examples[n] for n in order])
     keys = [key for batch in cut for key in batch.keys]
     assert sorted(keys) == sorted(example.key for example in examples)
     for batch in cut:
         assert batch.inputs["input_ids"].numel() <= budget or len(batch.keys) == 1
-        assert batch.segments.unique().tolist() == list(range(batch.replies))
+        assert batch.owners.unique().tolist() == list(range(batch.replies))
     # The cut depends on the members only, not on the order in which they come.
-    again = batches.micro_batches(examples, 0, budget)
-    assert [batch.keys for batch in again] == [batch.keys for batch in cut]
+    assert [batch.keys for batch in packer.batches(examples)] == [batch.keys for batch in cut]
 
 
 _POOL: list[batches.Example] = []

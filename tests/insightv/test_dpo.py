@@ -51,6 +51,9 @@ def test_the_first_loss_is_log_two(name, pictures, tmp_path):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["margin"] == pytest.approx(0, abs=1e-4)
     assert first["kl"] == pytest.approx(0, abs=1e-5)
+    # Six pictures and questions went through the model once, not twice.
+    assert 0.25 * first["tokens"] < first["shared_tokens"] < first["tokens"]
+    assert 0.6 < first["packing_efficiency"] <= 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)

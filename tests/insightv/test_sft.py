@@ -11,9 +11,10 @@ from training_case import Here, family, sample_rows, store
 from hpc.errors import UserError
 from insightv import models
 from insightv.training import torch_backend
-from insightv.training.batches import Encoder, encode_all, micro_batches
+from insightv.training.batches import Encoder, encode_all
 from insightv.training.config import SFTConfig
 from insightv.training.objectives import Supervised, Totals
+from insightv.training.packing import Batch, Packer
 from insightv.training.torch_backend import TorchBackend, token_logps
 from insightv.training.trainer import train_sft
 
@@ -33,6 +34,10 @@ def examples(backend: TorchBackend, pictures) -> list:
     return encode_all(sample_rows(ids), Encoder(backend.processor, store_, 4096, 64).sample)[0]
 
 
+def packed(backend: TorchBackend, some: list, budget: int) -> list[Batch]:
+    return Packer(backend.model, backend.packer.pad_token, budget).batches(some)
+
+
 def gradients(backend: TorchBackend, batches) -> tuple[float, dict[str, torch.Tensor]]:
     backend.model.zero_grad()
     totals, loss = Totals.of(batches), 0.0
@@ -49,9 +54,9 @@ def test_loss_and_gradients_are_those_of_hugging_face(name, pictures):
     """One sample, against the model's own loss for `labels`."""
     backend = TorchBackend(family(name), config(freeze_vision=False))
     example = examples(backend, pictures)[5]
-    batches = micro_batches([example], backend.pad_token, 10**6)
+    batches = packed(backend, [example], 10**6)
     loss, got = gradients(backend, batches)
-    inputs = models.collate([example.replies[0].encoding], backend.pad_token)
+    inputs = models.collate([example.replies[0].encoding], backend.packer.pad_token)
     labels = torch.full_like(inputs["input_ids"], -100)
     for start, stop in example.replies[0].spans:
         labels[0, start:stop] = inputs["input_ids"][0, start:stop]
@@ -69,11 +74,11 @@ def test_normalised_over_the_global_batch(name, pictures):
     """Token NLLs of all samples, each alone in Hugging Face, over all target tokens."""
     backend = TorchBackend(family(name), config())
     some = examples(backend, pictures)
-    loss, _ = gradients(backend, micro_batches(some, backend.pad_token, 600))
+    loss, _ = gradients(backend, packed(backend, some, 600))
     total, tokens = 0.0, 0
     for example in some:
         reply = example.replies[0]
-        inputs = models.collate([reply.encoding], backend.pad_token)
+        inputs = models.collate([reply.encoding], backend.packer.pad_token)
         with torch.no_grad():
             logps = backend.model(**inputs).logits[0].log_softmax(-1)
         for start, stop in reply.spans:
@@ -87,9 +92,9 @@ def test_normalised_over_the_global_batch(name, pictures):
 def test_micro_batches_change_nothing(name, pictures):
     backend = TorchBackend(family(name), config(freeze_vision=False))
     some = examples(backend, pictures)
-    loss, whole = gradients(backend, micro_batches(some, backend.pad_token, 10**6))
+    loss, whole = gradients(backend, packed(backend, some, 10**6))
     for budget in (1, 700):
-        batches = micro_batches(some, backend.pad_token, budget)
+        batches = packed(backend, some, budget)
         assert len(batches) > 1
         again, cut = gradients(backend, batches)
         assert again == pytest.approx(loss, abs=1e-5)
@@ -99,7 +104,7 @@ def test_micro_batches_change_nothing(name, pictures):
 
 def test_logits_in_pieces_and_recomputed_activations_change_nothing(pictures, monkeypatch):
     backend = TorchBackend(family("llava"), config())
-    batches = micro_batches(examples(backend, pictures), backend.pad_token, 10**6)
+    batches = packed(backend, examples(backend, pictures), 10**6)
     loss, whole = gradients(backend, batches)
     monkeypatch.setattr(torch_backend, "LOGITS", 10 * 500)
     again, pieces = gradients(backend, batches)
@@ -128,6 +133,8 @@ def test_a_training_learns_and_exports(name, pictures, tmp_path):
     assert lines[0]["lr"] == pytest.approx(5e-3 / 2) and lines[-1]["lr"] < 1e-4
     assert sum(line["tokens"] for line in lines) == counts["tokens"]
     assert {"grad_norm", "seconds", "target_tokens", "samples"} <= lines[0].keys()
+    assert all(0.6 < line["packing_efficiency"] <= 1 for line in lines)
+    assert all(line["shared_tokens"] == 0 for line in lines)
     assert context.seen[-1][:2] == (30, 30) and {"loss", "rate"} == context.seen[-1][2].keys()
     trained, base = models.load(out, "cpu"), models.load(family(name), "cpu")
     assert trained.digest == counts["model"] != base.digest
@@ -162,7 +169,7 @@ def test_bf16_trains_as_fp32_does(pictures, tmp_path):
 def test_attention_by_products_is_attention(pictures, monkeypatch):
     """Short batches in bf16 on a CPU take another road to the same loss, and only they."""
     backend = TorchBackend(family("llava"), config(precision="bf16"))
-    batches = micro_batches(examples(backend, pictures), backend.pad_token, 10**6)
+    batches = packed(backend, examples(backend, pictures), 10**6)
     assert backend.model.config._attn_implementation == "sdpa"
     short = backend.loss(batches[0], Supervised())
     assert backend.model.config._attn_implementation == "eager"

@@ -1,0 +1,327 @@
+"""The batch format of every backend: samples packed to a token budget, prefixes shared.
+
+A sample becomes a *tree*: the tokens all its replies begin with (picture, question, the
+replies' own common beginning) once, then what is left of each reply as a branch. A branch
+sees the prefix and itself, never another branch; position ids go on from the prefix in each.
+So winner and loser of a preference pair cost one picture and one question, with the numbers
+of two separate sequences (arXiv 2410.20305, 2602.24082). A sample with one reply is a
+prefix without branches.
+
+Trees stand one behind the other in the rows of a micro-batch. Two numbers a token say who
+sees whom: its segment and the segment it goes on from. `insightv.training.attention` turns
+them into what a backend's attention takes.
+
+Packing happens inside one optimizer step: which samples these are is settled before
+(`insightv.training.batches.step_members`), and where they land changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from insightv import models
+from insightv.training.balance import Cost, plan
+from insightv.training.batches import Example
+
+PADDING = -1
+"""The segment of padding: it sees itself only, so that no softmax is over nothing."""
+
+
+class Span(NamedTuple):
+    """A segment's place in its row, and that of the segment it goes on from (0, 0 if none)."""
+
+    start: int
+    stop: int
+    prefix_start: int
+    prefix_stop: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One example, laid out.
+
+    Attributes:
+        key: The example's.
+        ids: Token ids: the prefix, then the branches.
+        marks: Per-token marks of the model's family, as long as ``ids``.
+        pictures: The pictures, all of them in the prefix.
+        positions: [n], or [3, n] for M-RoPE.
+        lengths: Tokens of the prefix and of each branch.
+        places: For each target, the index in ``ids`` of the token that predicts it.
+        targets: Target token ids. One place may predict a target of several replies.
+        owners: For each target, the number of its reply.
+        replies: How many replies.
+        reference: Their log-probabilities under the reference; empty for SFT.
+        unshared: Tokens the replies would have as sequences of their own.
+    """
+
+    key: str
+    ids: list[int]
+    marks: dict[str, list[int]]
+    pictures: tuple[models.EncodedPicture, ...]
+    positions: Tensor
+    lengths: tuple[int, ...]
+    places: list[int]
+    targets: list[int]
+    owners: list[int]
+    replies: int
+    reference: tuple[float, ...]
+    unshared: int
+
+    @classmethod
+    def of(cls, example: Example, positions: Callable[[models.Encoding], Tensor]) -> Tree:
+        """Lays an example out.
+
+        Args:
+            example: Its replies answer the same prompt.
+            positions: Position ids of one sequence, [n] or [3, n] (`models.positions`).
+        """
+        encodings = [reply.encoding for reply in example.replies]
+        first = encodings[0]
+        prefix = min(_common(first.ids, encoding.ids) for encoding in encodings)
+        ids, marks = first.ids[:prefix], {k: v[:prefix] for k, v in first.marks.items()}
+        laid = [positions(first)[..., :prefix]]
+        lengths = [prefix]
+        places: list[int] = []
+        targets: list[int] = []
+        owners: list[int] = []
+        for number, reply in enumerate(example.replies):
+            encoding, start = reply.encoding, len(ids)
+            # Where a token of this reply stands in the tree: its prefix, or its own branch.
+            moved = start - prefix
+            for begin, stop in reply.spans:
+                # The token at p is predicted at p - 1; a span never starts at 0, a prompt does.
+                sources = range(begin - 1, stop - 1)
+                places += [at if at < prefix else at + moved for at in sources]
+                targets += encoding.ids[begin:stop]
+                owners += [number] * (stop - begin)
+            if len(example.replies) > 1:
+                ids = ids + encoding.ids[prefix:]
+                for name, values in marks.items():
+                    values += encoding.marks[name][prefix:]
+                laid.append(positions(encoding)[..., prefix:])
+                lengths.append(len(encoding.ids) - prefix)
+        return cls(
+            key=example.key,
+            ids=ids,
+            marks=marks,
+            pictures=first.pictures,
+            positions=torch.cat(laid, dim=-1),
+            lengths=tuple(lengths),
+            places=places,
+            targets=targets,
+            owners=owners,
+            replies=len(example.replies),
+            reference=example.reference,
+            unshared=sum(len(encoding.ids) for encoding in encodings),
+        )
+
+    @property
+    def pairs(self) -> int:
+        """How many (query, key) pairs attention computes."""
+        prefix, *branches = self.lengths
+        causal = sum(length * (length + 1) // 2 for length in self.lengths)
+        return causal + prefix * sum(branches)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    if one is other:
+        return len(one)
+    same = takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False))
+    return sum(1 for _ in same)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as plain tensors: R rows of W tokens.
+
+    Targets are listed, not laid out as labels: target t is predicted by the hidden state at
+    flat position ``places[t]`` of the R × W inputs and belongs to reply ``owners[t]``. So
+    logits are computed where they count only, and the last token of a shared prefix predicts
+    the first token of every branch.
+
+    Attributes:
+        inputs: What the model takes: ``input_ids`` [R, W], ``position_ids`` [R, W] or
+            [3, R, W], marks [R, W], the pictures' tensors in the order of the rows.
+        segments: [R, W] number of each token's segment in its row; `PADDING` where none is.
+        prefixes: [R, W] the segment it goes on from; its own if from none.
+        places: [T] indices into R × W.
+        targets: [T] token ids.
+        owners: [T] reply numbers, 0 … replies - 1, in the order of ``keys``.
+        reference: [replies] log-probability sums under the reference; empty for SFT.
+        replies: How many replies.
+        keys: Keys of the examples.
+        tokens: Tokens without padding, each shared one counted once.
+        unshared: Tokens of the replies as sequences of their own.
+        spans: The segments of each row once more, as ranges; empty ones are left out.
+    """
+
+    inputs: dict[str, Tensor]
+    segments: Tensor
+    prefixes: Tensor
+    places: Tensor
+    targets: Tensor
+    owners: Tensor
+    reference: Tensor
+    replies: int
+    keys: tuple[str, ...]
+    tokens: int
+    unshared: int
+    spans: tuple[tuple[Span, ...], ...]
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row, padding included."""
+        return self.segments.shape[1]
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the R × W places that hold a token."""
+        return self.tokens / self.segments.numel()
+
+    def to(self, device: str) -> Batch:
+        """The same batch on another device."""
+        moved = {name: value.to(device) for name, value in self.inputs.items()}
+        tensors = {
+            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return replace(self, inputs=moved, **tensors)
+
+    def idle(self) -> Batch:
+        """The same inputs without a target: what a rank runs when it has no work of its own.
+
+        Its share of any loss is 0, its gradients are zeros.
+        """
+        none = {name: getattr(self, name)[:0] for name in ("places", "targets", "owners")}
+        return replace(
+            self, **none, reference=self.reference[:0], replies=0, keys=(), tokens=0, unshared=0
+        )
+
+
+def collate(rows: Sequence[Sequence[Tree]], pad_token: int, multiple: int = 1) -> Batch:
+    """One micro-batch from the trees of its rows.
+
+    Args:
+        rows: Trees in the order in which they stand in each row; no row is empty.
+        pad_token: Fills what is left of a row.
+        multiple: The width is rounded up to a multiple of this.
+    """
+    width = max(sum(len(tree.ids) for tree in row) for row in rows)
+    width = -(-width // multiple) * multiple
+    trees = [tree for row in rows for tree in row]
+    shape = (len(rows), width)
+    ids = torch.full(shape, pad_token)
+    marks = {name: torch.zeros(shape, dtype=torch.long) for tree in trees for name in tree.marks}
+    axes = trees[0].positions.shape[:-1]
+    positions = torch.zeros(*axes, *shape, dtype=torch.long)
+    segments = torch.full(shape, PADDING, dtype=torch.int32)
+    prefixes = torch.full(shape, PADDING, dtype=torch.int32)
+    places: list[int] = []
+    owners: list[int] = []
+    replies = 0
+    spans: list[tuple[Span, ...]] = []
+    for number, row in enumerate(rows):
+        start = segment = 0
+        found: list[Span] = []
+        for tree in row:
+            stop = start + len(tree.ids)
+            ids[number, start:stop] = torch.tensor(tree.ids)
+            positions[..., number, start:stop] = tree.positions
+            for name, values in tree.marks.items():
+                marks[name][number, start:stop] = torch.tensor(values)
+            numbers = torch.arange(segment, segment + len(tree.lengths), dtype=torch.int32)
+            segments[number, start:stop] = numbers.repeat_interleave(torch.tensor(tree.lengths))
+            prefixes[number, start:stop] = segment
+            places += [number * width + start + at for at in tree.places]
+            owners += [replies + owner for owner in tree.owners]
+            found += _spans(tree, start)
+            start, segment, replies = stop, segment + len(tree.lengths), replies + tree.replies
+        spans.append(tuple(found))
+    return Batch(
+        inputs={
+            "input_ids": ids,
+            "position_ids": positions,
+            **marks,
+            **models.picture_tensors([picture for tree in trees for picture in tree.pictures]),
+        },
+        segments=segments,
+        prefixes=prefixes,
+        places=torch.tensor(places, dtype=torch.long),
+        targets=torch.tensor([token for tree in trees for token in tree.targets], dtype=torch.long),
+        owners=torch.tensor(owners, dtype=torch.long),
+        reference=torch.tensor(
+            [value for tree in trees for value in tree.reference], dtype=torch.float64
+        ),
+        replies=replies,
+        keys=tuple(tree.key for tree in trees),
+        tokens=sum(len(tree.ids) for tree in trees),
+        unshared=sum(tree.unshared for tree in trees),
+        spans=tuple(spans),
+    )
+
+
+def _spans(tree: Tree, start: int) -> list[Span]:
+    """A tree's segments in a row in which it begins at ``start``."""
+    prefix, *branches = tree.lengths
+    shared = (start, start + prefix) if prefix else (0, 0)
+    spans = [Span(*shared, 0, 0)] if prefix else []
+    begin = start + prefix
+    for length in filter(None, branches):
+        spans.append(Span(begin, begin + length, *shared))
+        begin += length
+    return spans
+
+
+class Packer:
+    """Packs examples for one model."""
+
+    def __init__(
+        self, model: Any, pad_token: int, budget: int, ragged: bool = False, multiple: int = 1
+    ):
+        """Knows how a model numbers positions and what its parts cost.
+
+        Args:
+            model: On any device; only its configuration and its weights' shapes are used.
+            pad_token: Fills rows.
+            budget: Places of a micro-batch, as in `pack`.
+            ragged: As in `pack`.
+            multiple: Rows are rounded up to a multiple of this (FlexAttention's blocks have
+                128 tokens; sequence parallelism needs one of the ranks a row is cut over).
+
+        Raises:
+            UserError: A packed row would mean something else to this family.
+        """
+        models.check_packable(model)
+        self.pad_token, self.budget, self.ragged = pad_token, budget, ragged
+        self.multiple = multiple
+        self.positions = models.positions(model)
+        self.cost = Cost.of(model)
+
+    def batches(self, examples: Sequence[Example], rank: int = 0, ranks: int = 1) -> list[Batch]:
+        """One rank's micro-batches of a step; as many on every rank.
+
+        The order in which the examples come changes nothing, not even the last bit of a sum.
+        """
+        trees = [
+            Tree.of(example, self.positions)
+            for example in sorted(examples, key=lambda one: one.key)
+        ]
+        lengths, costs = [len(tree.ids) for tree in trees], [self.cost(tree) for tree in trees]
+        planned = plan(lengths, costs, self.budget, ranks, self.ragged)[rank]
+        cheapest = trees[costs.index(min(costs))]
+        return [
+            self._collated([[trees[index] for index in row] for row in rows])
+            if rows
+            else self._collated([[cheapest]]).idle()
+            for rows in planned
+        ]
+
+    def _collated(self, rows: Sequence[Sequence[Tree]]) -> Batch:
+        return collate(rows, self.pad_token, self.multiple)
