@@ -7,6 +7,7 @@ The weights know nothing.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tokenizers import trainers as tokenizer_trainers
 
 import insightv.models  # noqa: F401  (lets processors do without torchvision's video part)
 
-FAMILIES = ("llava", "llava-next", "qwen2.5-vl")
+FAMILIES = ("llava", "llava-next", "llava-onevision", "qwen2.5-vl")
 FRAMES = (
     '{"title": "',
     '", "content": "',
@@ -46,11 +47,19 @@ _CHATML = (
 
 
 def save_family(
-    family: str, folder: Path, seed: int = 0, hidden: int = 64, layers: int = 2
+    family: str, folder: Path, seed: int = 0, hidden: int = 64, layers: int = 2, tile: int = 56
 ) -> Path:
-    """Writes one family's tiny model into ``folder``; the same seed gives the same bytes."""
+    """Writes one family's tiny model into ``folder``; the same seed gives the same bytes.
+
+    ``tile`` is the side of LLaVA-NeXT's tiles in pixels, 14 of them a patch.
+    """
     torch.manual_seed(seed)
-    build = {"llava": _llava, "llava-next": _llava_next, "qwen2.5-vl": _qwen}[family]
+    build = {
+        "llava": _llava,
+        "llava-next": partial(_llava_next, tile=tile),
+        "llava-onevision": _llava_onevision,
+        "qwen2.5-vl": _qwen,
+    }[family]
     model, processor = build(hidden, layers)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -106,13 +115,13 @@ def _language(tokenizer: Any, hidden: int, layers: int) -> dict[str, Any]:
     }
 
 
-def _clip() -> T.CLIPVisionConfig:
+def _clip(size: int = 56) -> T.CLIPVisionConfig:
     return T.CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=56,
+        image_size=size,
         patch_size=14,
         projection_dim=32,
         initializer_range=0.1,
@@ -145,15 +154,15 @@ def _llava(hidden: int, layers: int) -> tuple[Any, Any]:
     return T.LlavaForConditionalGeneration(config), processor
 
 
-def _llava_next(hidden: int, layers: int) -> tuple[Any, Any]:
+def _llava_next(hidden: int, layers: int, tile: int) -> tuple[Any, Any]:
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
 
     tokenizer = make_tokenizer(("<image>",))
-    tiles = [[56, 112], [112, 56], [112, 112]]
+    tiles = [[tile, 2 * tile], [2 * tile, tile], [2 * tile, 2 * tile]]
     config = T.LlavaNextConfig(
-        vision_config=_clip(),
+        vision_config=_clip(tile),
         text_config=T.LlamaConfig(**_language(tokenizer, hidden, layers)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=tiles,
@@ -162,8 +171,8 @@ def _llava_next(hidden: int, layers: int) -> tuple[Any, Any]:
     )
     processor = T.LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": 56},
-            crop_size={"height": 56, "width": 56},
+            size={"shortest_edge": tile},
+            crop_size={"height": tile, "width": tile},
             image_grid_pinpoints=tiles,
         ),
         tokenizer=tokenizer,
@@ -174,6 +183,42 @@ def _llava_next(hidden: int, layers: int) -> tuple[Any, Any]:
         chat_template="{{ bos_token }}" + _CHATML.replace("IMAGE", "<image>\n"),
     )
     return T.LlavaNextForConditionalGeneration(config), processor
+
+
+def _llava_onevision(hidden: int, layers: int) -> tuple[Any, Any]:
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    tokenizer = make_tokenizer(("<image>", "<video>"))
+    tiles = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
+    config = T.LlavaOnevisionConfig(
+        vision_config=T.SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+            initializer_range=0.1,
+        ),
+        text_config=T.Qwen2Config(**_language(tokenizer, hidden, layers)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=tiles,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    processor = T.LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessorPil(
+            size={"height": 56, "width": 56}, image_grid_pinpoints=tiles
+        ),
+        tokenizer=tokenizer,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=_CHATML.replace("IMAGE", "<image>"),
+    )
+    return T.LlavaOnevisionForConditionalGeneration(config), processor
 
 
 def _qwen(hidden: int, layers: int) -> tuple[Any, Any]:
