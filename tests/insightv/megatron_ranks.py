@@ -15,7 +15,7 @@ from torch import distributed
 
 WORLD = 4
 FAMILIES = ("llava-next", "llava-onevision", "qwen2.5-vl")
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
     "tp2": {"tensor_parallel": 2},
     "pp2": {"pipeline_parallel": 2},
@@ -25,6 +25,9 @@ LAYOUTS = {
     "pp2-virtual": {"pipeline_parallel": 2, "virtual_stages": 2},
     "pp2-uneven": {"pipeline_parallel": 2, "layers": [1, 3]},
 }
+RECOMPUTED = ("tp2-pp2-sp",)
+FROZEN = ("pp2-uneven",)
+"""Layouts under which layers are computed again, and the vision tower is frozen."""
 
 
 _HEAVY = (
@@ -94,34 +97,38 @@ class Case:
         return load_file(self.folder.with_name(name))
 
 
-def parity(rank: int, folder: Path, cases: dict[str, Case], layouts: tuple[str, ...]) -> None:
-    """Logits, gradients and an export of every family under every layout."""
+def parity(rank: int, folder: Path, cases: dict[str, Case], runs: list[tuple[str, str]]) -> None:
+    """Logits, gradients and an export of each (case, layout)."""
     from megatron.core import parallel_state
 
     from insightv.training.megatron.layout import Layout
     from insightv.training.megatron.model import initialise
 
-    for name in layouts:
+    for name in dict.fromkeys(layout for _, layout in runs):
         layout = Layout(**LAYOUTS[name])
         initialise(layout)
-        for family, case in cases.items():
-            _compare(case, layout, folder / f"{family}-{name}")
+        for case, asked in runs:
+            if asked == name:
+                _compare(cases[case], layout, name, folder / f"{case}-{name}")
         parallel_state.destroy_model_parallel()
 
 
-def _compare(case: Case, layout: Any, out: Path) -> None:
+def _compare(case: Case, layout: Any, name: str, out: Path) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
     from transformers import AutoConfig
 
+    from insightv.models import freeze_vision
     from insightv.training.megatron.families import shape_of
     from insightv.training.megatron.model import build, logprobs
     from insightv.training.megatron.schedule import forward_backward, replicate
     from insightv.training.megatron.weights import export, load, stage_tensors
 
     config = AutoConfig.from_pretrained(case.folder)
-    pieces = build(config, layout)
+    pieces = build(config, layout, recompute=name in RECOMPUTED)
     load(pieces, config, layout, case.folder)
+    if name in FROZEN and pieces[0].vision is not None:
+        freeze_vision(pieces[0].vision)
     export(pieces, config, layout, case.folder, out / "model")
 
     copy = parallel_state.get_data_parallel_rank()
@@ -154,10 +161,72 @@ def _compare(case: Case, layout: Any, out: Path) -> None:
     stage = parallel_state.get_pipeline_model_parallel_rank()
     if copy == 0:
         gradients = dict(
-            stage_tensors(pieces, shape_of(config), layout, of=lambda one: one.main_grad)
+            stage_tensors(
+                pieces, shape_of(config), layout, of=lambda one: getattr(one, "main_grad", None)
+            )
         )
         if gradients:
             save_file(gradients, out / f"gradients-{stage}.safetensors")
+
+
+def adam(rank: int, folder: Path, case: Case, layouts: tuple[str, ...], steps: int) -> None:
+    """Steps of megatron-core's distributed optimizer; the weights as a folder, the losses."""
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from transformers import AutoConfig
+
+    from insightv.training.megatron import cpu
+    from insightv.training.megatron.layout import Layout
+    from insightv.training.megatron.model import build, initialise, logprobs
+    from insightv.training.megatron.schedule import forward_backward, replicate
+    from insightv.training.megatron.weights import export, load
+
+    config = AutoConfig.from_pretrained(case.folder)
+    for name in layouts:
+        layout = Layout(**LAYOUTS[name])
+        initialise(layout)
+        pieces = build(config, layout)
+        load(pieces, config, layout, case.folder)
+        models = replicate(pieces, distributed_optimizer=True)
+        with cpu.calls():
+            optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    optimizer="adam",
+                    lr=RATE,
+                    weight_decay=0.0,
+                    clip_grad=0.0,
+                    use_distributed_optimizer=True,
+                ),
+                models,
+                use_gloo_process_groups=False,
+            )
+        copy = parallel_state.get_data_parallel_rank()
+        copies = parallel_state.get_data_parallel_world_size()
+        raw = [case.batch(number) for number in range(case.batches)[copy::copies]]
+
+        def nll(
+            logits: torch.Tensor, number: int, raw: Any = raw
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            batch = raw[number]
+            share = -logprobs(logits, batch["targets"]).sum() / batch["total"]
+            return share, share.detach().clone()
+
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            inputs = [inputs_of(batch, targets=True) for batch in raw]
+            shares = forward_backward(models, inputs, nll)
+            with cpu.calls():
+                optimizer.step()
+            losses.append(torch.stack(shares).sum() if shares else torch.zeros(()))
+        out = folder / f"adam-{name}"
+        export(pieces, config, layout, case.folder, out / "model")
+        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            save_file({"losses": torch.stack(losses)}, out / f"losses-{copy}.safetensors")
+        parallel_state.destroy_model_parallel()
+
+
+RATE = 1e-3
 
 
 def inputs_of(batch: dict[str, torch.Tensor], targets: bool = False) -> Any:

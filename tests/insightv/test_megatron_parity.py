@@ -8,127 +8,240 @@ import families
 import megatron_ranks
 import pytest
 import torch
-from megatron_ranks import FAMILIES, LAYOUTS, Case
+from megatron_ranks import FAMILIES, FROZEN, LAYOUTS, Case
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen3Config
 
 pytest.importorskip(
     "megatron.core", reason="megatron-core is not installed: pip install -e '.[megatron]'"
 )
 BATCHES = 4
 TEXTS = (
-    "{} What is the value of A? The answer is 3.",
-    "{} Which bar is the highest? B, by far.",
-    "Compare the two. {} A is larger than B.",
-    "{} Steps. Read the chart. Then answer: 12 and 30.",
+    ("{} What is the value of A? The answer is 3.",),
+    ("Compare the two. {} A is larger than B.",),
+    ("Which bar is the highest? No picture.",),
+    ("{} Steps. Read the chart: 12 and 30.", "{} Steps. Read the bars. Then answer: B."),
 )
+"""Samples; the last is a tree: two replies that go on from one picture."""
+PLAIN = ("tp1", "tp2", "pp2", "tp2-pp2")
+RUNS = [
+    *((family, layout) for family in FAMILIES for layout in PLAIN),
+    *(("qwen2.5-vl", layout) for layout in LAYOUTS if layout not in PLAIN),
+    ("llava-next", "tp2-pp2-sp"),
+    *(("llava-onevision-tied", layout) for layout in ("tp2", "pp2", "tp2-pp2-sp")),
+    ("llava-onevision-qwen3", "tp2-sp"),
+]
+ADAM = ("tp2", "tp2-pp2")
+STEPS = 5
+_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+_PICTURE = {"qwen2.5-vl": "<|vision_start|><|image_pad|><|vision_end|>"}
 
 
-def make_case(family: str, folder: Path, layers: int = 4) -> tuple[Case, dict[str, torch.Tensor]]:
+def save_model(name: str, folder: Path) -> None:
+    """A family's tiny model, or a variant of it: tied embeddings, Qwen3 as language model."""
+    family = name.removesuffix("-tied").removesuffix("-qwen3")
+    families.save_family(family, folder, layers=4)
+    if family == name:
+        return
+    config = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config()
+    if name.endswith("-tied"):
+        config.tie_word_embeddings = text.tie_word_embeddings = True
+    else:
+        text = Qwen3Config(**{k: v for k, v in text.to_dict().items() if k != "model_type"})
+        text.head_dim = 32  # not hidden / heads
+        config.text_config = text
+    torch.manual_seed(1)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+
+
+def make_case(name: str, folder: Path) -> tuple[Case, dict[str, torch.Tensor]]:
     """A model, its micro-batches in files, and what transformers makes of them."""
-    families.save_family(family, folder, layers=layers)
+    save_model(name, folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    samples = []
-    for number, text in enumerate(TEXTS):
-        image = families.picture(number, 60 + 40 * (number % 2), 100 - 40 * (number % 2))
-        shown = "<|vision_start|><|image_pad|><|vision_end|>" if "qwen" in family else "<image>"
-        samples.append(dict(processor([image], text=[text.format(shown)], return_tensors="pt")))
-    width = max(sample["input_ids"].shape[1] for sample in samples)
+    shown = next((v for k, v in _PICTURE.items() if name.startswith(k)), "<image>")
+    samples = [_sample(processor, number, shown) for number in range(BATCHES)]
+    width = max(sum(_lengths(replies)) for replies in samples)
     width += width % 2
-    total = sum(sample["input_ids"].shape[1] - 1 for sample in samples)
-    expected: dict[str, torch.Tensor] = {}
-    for number, sample in enumerate(samples):
-        ids = sample["input_ids"]
-        length = ids.shape[1]
-        logits = model(**sample).logits[0]
-        chosen = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-        (-chosen.sum() / total).backward()
-        expected[f"logits-{number}"] = logits.detach()
-        expected["loss"] = expected.get("loss", torch.zeros(())) - chosen.detach().sum() / total
-        save_file(
-            {
-                "input_ids": torch.nn.functional.pad(ids, (0, width - length)),
-                "position_ids": _positions(model, sample, width),
-                "places": torch.arange(length - 1),
-                "targets": ids[0, 1:].contiguous(),
-                "total": torch.tensor(float(total)),
-                **({"mask": torch.ones(width, width).tril().bool()[None, None]} if number else {}),
-                **{f"picture.{name}": sample[name] for name in sample if name not in _TEXT},
-            },
-            folder.with_name(f"{family}-batch-{number}.safetensors"),
-        )
-    for name, weight in model.named_parameters():
+    total = sum(sum(_lengths(replies)) - 1 for replies in samples)
+    expected: dict[str, torch.Tensor] = {"loss": torch.zeros(())}
+    for number, replies in enumerate(samples):
+        batch, logits, loss = _expected(model, replies, width, total)
+        expected[f"logits-{number}"] = logits
+        expected["loss"] += loss
+        place = folder.with_name(f"{name}-batch-{number}.safetensors")
+        save_file(batch | {"total": torch.tensor(float(total))}, place)
+    for weight_name, weight in model.named_parameters():
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        part = "language." if "language_model." in name or "lm_head" in name else "vision."
-        short = name.removeprefix("model.").removeprefix("language_model.")
-        expected[part + short] = gradient
+        language = "language_model." in weight_name or "lm_head" in weight_name
+        short = weight_name.removeprefix("model.").removeprefix("language_model.")
+        expected[("language." if language else "vision.") + short] = gradient
     return Case(folder, BATCHES), expected
 
 
-_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+def _sample(processor, number: int, shown: str) -> list[dict[str, torch.Tensor]]:
+    image = families.picture(number, 60 + 40 * (number % 2), 100 - 40 * (number % 2))
+    replies = []
+    for text in TEXTS[number]:
+        images = [image] if "{}" in text else None
+        replies.append(dict(processor(images, text=[text.format(shown)], return_tensors="pt")))
+    return replies
 
 
-def _positions(model, sample, width: int) -> torch.Tensor:
-    """Rows of positions as the family counts them, going on into the padding."""
+def _lengths(replies: list[dict[str, torch.Tensor]]) -> list[int]:
+    """Tokens of the shared beginning (all, if there is one reply) and of each branch."""
+    first = replies[0]["input_ids"][0]
+    if len(replies) == 1:
+        return [len(first)]
+    second = replies[1]["input_ids"][0]
+    shortest = min(len(first), len(second))
+    same = (first[:shortest] == second[:shortest]).long().cumprod(0).sum().item()
+    return [same, len(first) - same, len(second) - same]
+
+
+def _expected(model, replies, width: int, total: int):
+    """A micro-batch as tensors; transformers' logits of its tokens and loss of its targets."""
+    prefix, *branches = _lengths(replies)
+    ids, positions, logits, loss = [], [], [], torch.zeros(())
+    places, targets, segments = [], [], [torch.zeros(prefix)]
+    for number, reply in enumerate(replies):
+        own = reply["input_ids"][0]
+        found = model(**reply).logits[0]
+        begin = 0 if number == 0 else prefix
+        at = torch.arange(len(own) - 1)
+        moved = torch.where(at < prefix, at, at + sum(branches[:number]))
+        # Every token of the first reply is a target; of the second those of its branch.
+        learned = at >= begin - 1
+        places.append(moved[learned])
+        targets.append(own[1:][learned])
+        chosen = found[:-1].log_softmax(-1).gather(1, own[1:, None])[learned]
+        loss = loss - chosen.sum() / total
+        ids.append(own[begin:])
+        positions.append(_positions(model, reply)[..., begin:])
+        logits.append(found[begin:].detach())
+        if branches:
+            segments.append(torch.full((branches[number],), number + 1.0))
+    loss.backward()
+    segment = torch.cat(segments)
+    filled = width - len(segment)
+    segment = torch.cat([segment, torch.full((filled,), -1.0)])
+    seen = (segment[None] == segment[:, None]) | (segment[None] == 0)
+    batch = {
+        "input_ids": torch.nn.functional.pad(torch.cat(ids), (0, filled))[None],
+        "position_ids": torch.nn.functional.pad(torch.cat(positions, -1), (0, filled)),
+        "places": torch.cat(places),
+        "targets": torch.cat(targets),
+        **{f"picture.{k}": v for k, v in replies[0].items() if k not in _TEXT},
+    }
+    if branches:
+        batch["mask"] = seen.tril()[None, None].contiguous()
+    return {k: v.contiguous() for k, v in batch.items()}, torch.cat(logits), loss.detach()
+
+
+def _positions(model, sample) -> torch.Tensor:
+    """Positions as the family counts them."""
     length = sample["input_ids"].shape[1]
-    if hasattr(model.model, "get_rope_index"):
-        grid, kinds = sample["image_grid_thw"], sample["mm_token_type_ids"]
-        found, _ = model.model.get_rope_index(
-            sample["input_ids"], image_grid_thw=grid, mm_token_type_ids=kinds
-        )
-        return torch.cat([found, found.new_zeros(3, 1, width - length)], dim=-1)
-    return torch.arange(width)[None]
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(length)[None]
+    found, _ = model.model.get_rope_index(
+        sample["input_ids"],
+        image_grid_thw=sample.get("image_grid_thw"),
+        mm_token_type_ids=sample["mm_token_type_ids"],
+    )
+    return found
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """All layouts of all families in one go: four processes that live once."""
+    """All of it in one go: four processes that live once."""
     root = tmp_path_factory.mktemp("parity")
     cases, expected = {}, {}
-    for family in FAMILIES:
-        cases[family], expected[family] = make_case(family, root / family)
+    for name in dict.fromkeys(case for case, _ in RUNS):
+        cases[name], expected[name] = make_case(name, root / name)
     out = root / "out"
     out.mkdir()
-    megatron_ranks.spawn(megatron_ranks.parity, out, cases, tuple(LAYOUTS))
+    megatron_ranks.spawn(megatron_ranks.parity, out, cases, RUNS)
     return cases, expected, out
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("case", "layout"), RUNS)
 class TestParity:
-    def test_logits_equal(self, made, family, layout):
+    def test_logits_equal(self, made, case, layout):
         _, expected, out = made
         for number in range(BATCHES):
-            ours = load_file(out / f"{family}-{layout}" / f"logits-{number}.safetensors")["logits"]
-            theirs = expected[family][f"logits-{number}"]
+            ours = load_file(out / f"{case}-{layout}" / f"logits-{number}.safetensors")["logits"]
+            theirs = expected[case][f"logits-{number}"]
             torch.testing.assert_close(ours[0, : len(theirs)], theirs, atol=1e-5, rtol=0)
 
-    def test_loss_and_gradients_equal(self, made, family, layout):
+    def test_loss_and_gradients_equal(self, made, case, layout):
         _, expected, out = made
-        found = out / f"{family}-{layout}"
+        found = out / f"{case}-{layout}"
         losses = [load_file(file)["loss"] for file in found.glob("loss-*.safetensors")]
         torch.testing.assert_close(
-            torch.stack(losses).sum(), expected[family]["loss"], atol=1e-5, rtol=0
+            torch.stack(losses).sum(), expected[case]["loss"], atol=1e-5, rtol=0
         )
         ours = {}
         for file in found.glob("gradients-*.safetensors"):
             ours |= load_file(file)
-        theirs = {k: v for k, v in expected[family].items() if k.split(".")[0] in _PARTS}
-        assert ours.keys() == theirs.keys()
+        theirs = {k: v for k, v in expected[case].items() if k.split(".")[0] in _PARTS}
         assert any(v.abs().max() > 1e-3 for k, v in theirs.items() if k.startswith("vision."))
+        if layout in FROZEN:
+            theirs = {k: v for k, v in theirs.items() if "visual." not in k or "merger" in k}
+        assert ours.keys() == theirs.keys()
         for name, gradient in theirs.items():
             torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=0, msg=name)
 
-    def test_round_trip_is_bit_equal(self, made, family, layout):
+    def test_round_trip_is_bit_equal(self, made, case, layout):
         cases, _, out = made
-        before = _tensors(cases[family].folder)
-        after = _tensors(out / f"{family}-{layout}" / "model")
+        before = _tensors(cases[case].folder)
+        after = _tensors(out / f"{case}-{layout}" / "model")
         assert after.keys() == before.keys()
         for name, tensor in before.items():
             assert tensor.dtype == after[name].dtype
             assert torch.equal(tensor, after[name]), name
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adam")
+    case, _ = make_case("qwen2.5-vl", root / "qwen2.5-vl")
+    out = root / "out"
+    out.mkdir()
+    megatron_ranks.spawn(megatron_ranks.adam, out, case, ADAM, STEPS)
+    return out, _adam(case)
+
+
+def _adam(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses and weights of transformers' model under torch's Adam, one batch after another."""
+    model = AutoModelForImageTextToText.from_pretrained(case.folder, dtype=torch.float32).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=megatron_ranks.RATE, weight_decay=0.0)
+    processor = AutoProcessor.from_pretrained(case.folder)
+    samples = [_sample(processor, number, _PICTURE["qwen2.5-vl"]) for number in range(BATCHES)]
+    total = sum(sum(_lengths(replies)) - 1 for replies in samples)
+    width = max(sum(_lengths(replies)) for replies in samples)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        losses.append(sum(_expected(model, replies, width, total)[2] for replies in samples))
+        optimizer.step()
+    weights = {k.replace("model.language_model.", "model."): v for k, v in model.named_parameters()}
+    weights = {k.replace("model.visual.", "visual."): v.detach() for k, v in weights.items()}
+    return torch.stack(losses), weights
+
+
+@pytest.mark.parametrize("layout", ADAM)
+def test_steps_of_the_distributed_optimizer(stepped, layout):
+    out, (losses, weights) = stepped
+    found = list((out / f"adam-{layout}").glob("losses-*.safetensors"))
+    ours = torch.stack([load_file(file)["losses"] for file in found]).sum(0)
+    torch.testing.assert_close(ours, losses, atol=1e-4, rtol=0)
+    assert losses[-1] < losses[0] - 0.05
+    after = _tensors(out / f"adam-{layout}" / "model")
+    assert after.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-3, rtol=0, msg=name)
 
 
 _PARTS = ("language", "vision")

@@ -324,7 +324,7 @@ def stage_tensors(
     pieces: Sequence[VisionLanguageModel],
     shape: Shape,
     layout: Layout,
-    of: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+    of: Callable[[Tensor], Tensor | None] = lambda parameter: parameter,
 ) -> Iterator[tuple[str, Tensor]]:
     """A stage's whole tensors, gathered one at a time.
 
@@ -334,7 +334,8 @@ def stage_tensors(
         pieces: This rank's part of the model.
         shape: The language model's sizes.
         layout: How it is laid over the ranks.
-        of: What is gathered of each parameter: itself, or something of its shape (gradients).
+        of: What is gathered of each parameter: itself, something of its shape (its gradient),
+            or None, the same on all ranks, to leave it out.
 
     Yields:
         On the first tensor parallel rank: names (``language.…`` as in the table, ``vision.…``)
@@ -347,8 +348,9 @@ def stage_tensors(
             twin = row.name == "output_layer.weight" and piece.share_embeddings_and_output_weights
             if twin:
                 continue  # the first stage holds the same
-            shards = _gathered(of(parameter))
-            if rank:
+            wanted = of(parameter)
+            shards = _gathered(wanted) if wanted is not None else []
+            if not shards:
                 continue
             whole = {name: torch.empty(sizes[name], dtype=shards[0].dtype) for name in row.tensors}
             for number, shard in enumerate(shards):
@@ -358,7 +360,9 @@ def stage_tensors(
                 yield f"language.{before}{name}", tensor
         if piece.vision is not None and rank == 0:
             for name, tensor in piece.vision.state_dict(keep_vars=True).items():
-                yield f"vision.{name}", of(tensor).detach().cpu().clone()
+                wanted = of(tensor)
+                if wanted is not None:
+                    yield f"vision.{name}", wanted.detach().cpu().clone()
 
 
 def _gathered(tensor: Tensor) -> list[Tensor]:
