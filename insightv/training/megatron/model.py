@@ -245,7 +245,8 @@ class VisionLanguageModel(MegatronModule):
         embeddings = self.language.embedding(inputs.input_ids, inputs.position_ids)
         if inputs.pictures:
             assert self.vision is not None
-            found = self.vision.get_image_features(**inputs.pictures, return_dict=True)
+            look: Any = self.vision.get_image_features
+            found = look(**inputs.pictures, return_dict=True)
             features = torch.cat(list(found.pooler_output)).to(embeddings.dtype)
             held = (inputs.input_ids == self.image_token).unsqueeze(-1)
             if int(held.sum()) != features.shape[0]:

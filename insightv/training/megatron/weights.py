@@ -411,7 +411,8 @@ def _finish(source: Path, target: Path, dtype: str) -> None:
     if len(parts) == 1:
         parts[0].rename(target / "model.safetensors")
         return
-    placed, size = {}, 0
+    placed: dict[str, str] = {}
+    size = 0
     for number, part in enumerate(parts, 1):
         file = target / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         part.rename(file)
