@@ -169,37 +169,33 @@ def _compare(case: Case, layout: Any, name: str, out: Path) -> None:
             save_file(gradients, out / f"gradients-{stage}.safetensors")
 
 
-def adam(rank: int, folder: Path, case: Case, layouts: tuple[str, ...], steps: int) -> None:
-    """Steps of megatron-core's distributed optimizer; the weights as a folder, the losses."""
+def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, int]]) -> None:
+    """Runs of Adam: (name, layout, first step, end); a run that starts later resumes.
+
+    Each leaves its losses, a checkpoint and the model as a folder; the checkpoint it resumes
+    from is that of the run named before the colon.
+    """
     from megatron.core import parallel_state
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from transformers import AutoConfig
 
-    from insightv.training.megatron import cpu
+    from insightv.training.megatron.families import shape_of
     from insightv.training.megatron.layout import Layout
     from insightv.training.megatron.model import build, initialise, logprobs
+    from insightv.training.megatron.optimizer import Adam
     from insightv.training.megatron.schedule import forward_backward, replicate
     from insightv.training.megatron.weights import export, load
 
     config = AutoConfig.from_pretrained(case.folder)
-    for name in layouts:
-        layout = Layout(**LAYOUTS[name])
+    shape = shape_of(config)
+    for name, laid, start, end in plan:
+        layout = Layout(**LAYOUTS[laid])
         initialise(layout)
         pieces = build(config, layout)
         load(pieces, config, layout, case.folder)
         models = replicate(pieces, distributed_optimizer=True)
-        with cpu.calls():
-            optimizer = get_megatron_optimizer(
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=RATE,
-                    weight_decay=0.0,
-                    clip_grad=0.0,
-                    use_distributed_optimizer=True,
-                ),
-                models,
-                use_gloo_process_groups=False,
-            )
+        optimizer = Adam(models, RATE, clip=CLIP)
+        if start:
+            optimizer.resume(pieces, shape, layout, folder / name.partition(":")[0] / "state")
         copy = parallel_state.get_data_parallel_rank()
         copies = parallel_state.get_data_parallel_world_size()
         raw = [case.batch(number) for number in range(case.batches)[copy::copies]]
@@ -211,21 +207,27 @@ def adam(rank: int, folder: Path, case: Case, layouts: tuple[str, ...], steps: i
             share = -logprobs(logits, batch["targets"]).sum() / batch["total"]
             return share, share.detach().clone()
 
-        losses = []
-        for _ in range(steps):
-            optimizer.zero_grad()
+        losses, norms = [], []
+        for _ in range(start, end):
             inputs = [inputs_of(batch, targets=True) for batch in raw]
             shares = forward_backward(models, inputs, nll)
-            with cpu.calls():
-                optimizer.step()
+            norm, applied = optimizer.step(RATE)
+            assert applied
+            norms.append(norm)
             losses.append(torch.stack(shares).sum() if shares else torch.zeros(()))
-        out = folder / f"adam-{name}"
+        assert not optimizer.step(RATE, finite=False)[1]
+        out = folder / name
+        (out / "state").mkdir(parents=True, exist_ok=True)
+        optimizer.save(pieces, shape, layout, out / "state")
         export(pieces, config, layout, case.folder, out / "model")
-        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            save_file({"losses": torch.stack(losses)}, out / f"losses-{copy}.safetensors")
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        if last and parallel_state.get_tensor_model_parallel_rank() == 0:
+            numbers = {"losses": torch.stack(losses), "norms": torch.tensor(norms)}
+            save_file(numbers, out / f"losses-{copy}.safetensors")
         parallel_state.destroy_model_parallel()
 
 
+CLIP = 1.0
 RATE = 1e-3
 
 

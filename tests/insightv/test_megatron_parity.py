@@ -32,8 +32,15 @@ RUNS = [
     *(("llava-onevision-tied", layout) for layout in ("tp2", "pp2", "tp2-pp2-sp")),
     ("llava-onevision-qwen3", "tp2-sp"),
 ]
-ADAM = ("tp2", "tp2-pp2")
 STEPS = 5
+ADAM = [
+    ("whole", "tp2-pp2", 0, STEPS),
+    ("half", "tp2-pp2", 0, 2),
+    ("half:same", "tp2-pp2", 2, STEPS),
+    ("half:tp2", "tp2", 2, STEPS),
+    ("half:pp2-virtual", "pp2-virtual", 2, STEPS),
+]
+"""Runs of Adam: name, layout, first step, end; the later ones go on from ``half``."""
 _TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
 _PICTURE = {"qwen2.5-vl": "<|vision_start|><|image_pad|><|vision_end|>"}
 
@@ -209,47 +216,66 @@ def stepped(tmp_path_factory):
     case, _ = make_case("qwen2.5-vl", root / "qwen2.5-vl")
     out = root / "out"
     out.mkdir()
-    megatron_ranks.spawn(megatron_ranks.adam, out, case, ADAM, STEPS)
+    megatron_ranks.spawn(megatron_ranks.adam, out, case, ADAM)
     return out, _adam(case)
 
 
-def _adam(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Losses and weights of transformers' model under torch's Adam, one batch after another."""
+def _adam(case: Case) -> dict[str, torch.Tensor]:
+    """Losses, norms and weights of transformers' model under torch's Adam."""
     model = AutoModelForImageTextToText.from_pretrained(case.folder, dtype=torch.float32).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=megatron_ranks.RATE, weight_decay=0.0)
     processor = AutoProcessor.from_pretrained(case.folder)
     samples = [_sample(processor, number, _PICTURE["qwen2.5-vl"]) for number in range(BATCHES)]
     total = sum(sum(_lengths(replies)) - 1 for replies in samples)
     width = max(sum(_lengths(replies)) for replies in samples)
-    losses = []
+    losses, norms = [], []
     for _ in range(STEPS):
         optimizer.zero_grad()
         losses.append(sum(_expected(model, replies, width, total)[2] for replies in samples))
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), megatron_ranks.CLIP))
         optimizer.step()
     weights = {k.replace("model.language_model.", "model."): v for k, v in model.named_parameters()}
     weights = {k.replace("model.visual.", "visual."): v.detach() for k, v in weights.items()}
-    return torch.stack(losses), weights
+    return {"losses": torch.stack(losses), "norms": torch.stack(norms), **weights}
 
 
-@pytest.mark.parametrize("layout", ADAM)
-def test_steps_of_the_distributed_optimizer(stepped, layout):
-    out, (losses, weights) = stepped
-    found = list((out / f"adam-{layout}").glob("losses-*.safetensors"))
-    ours = torch.stack([load_file(file)["losses"] for file in found]).sum(0)
-    torch.testing.assert_close(ours, losses, atol=1e-4, rtol=0)
-    assert losses[-1] < losses[0] - 0.05
-    after = _tensors(out / f"adam-{layout}" / "model")
-    assert after.keys() == weights.keys()
-    for name, weight in weights.items():
-        torch.testing.assert_close(after[name], weight, atol=1e-3, rtol=0, msg=name)
+def _numbers(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    found = [load_file(file) for file in sorted(folder.glob("losses-*.safetensors"))]
+    return sum(one["losses"] for one in found), found[0]["norms"]
+
+
+@pytest.mark.parametrize("run", ADAM, ids=[name for name, *_ in ADAM])
+def test_adam_equals_torch_also_resumed_on_another_layout(stepped, run):
+    out, expected = stepped
+    name, _, start, end = run
+    losses, norms = _numbers(out / name)
+    torch.testing.assert_close(losses, expected["losses"][start:end], atol=1e-4, rtol=0)
+    torch.testing.assert_close(norms, expected["norms"][start:end], atol=1e-4, rtol=0)
+    assert expected["losses"][-1] < expected["losses"][0] - 0.05
+    after = _tensors(out / name / "model")
+    assert after.keys() == expected.keys() - {"losses", "norms"}
+    if end == STEPS:
+        for weight, tensor in after.items():
+            torch.testing.assert_close(tensor, expected[weight], atol=1e-3, rtol=0, msg=weight)
+
+
+def test_a_resume_on_the_same_layout_is_bit_equal(stepped):
+    out, _ = stepped
+    losses, _ = _numbers(out / "whole")
+    resumed, _ = _numbers(out / "half:same")
+    assert torch.equal(losses[2:], resumed)
+    for place in ("model", "state"):
+        one, other = (_tensors(out / name / place, "*") for name in ("whole", "half:same"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 _PARTS = ("language", "vision")
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _tensors(folder: Path, stem: str = "model*") -> dict[str, torch.Tensor]:
     tensors = {}
-    for file in folder.glob("model*.safetensors"):
+    for file in folder.glob(f"{stem}.safetensors"):
         with safe_open(file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return tensors

@@ -214,6 +214,7 @@ class VisionLanguageModel(MegatronModule):
             vp_stage=virtual,
         )
         self.language.rotary_pos_emb = Rotary(config.get_text_config())
+        _mark_cut(self.language)
         if last:
             # The head is applied to gathered hidden states, at some places only.
             self.language.output_layer.sequence_parallel = False
@@ -292,6 +293,25 @@ def logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     The whole vocabulary is never on one rank. The logits are used up.
     """
     return -tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
+
+
+def _mark_cut(language: nn.Module) -> None:
+    """Marks matrices that are cut over tensor parallel ranks.
+
+    megatron-core (0.16.1) does so only where it initialises them. Unmarked, a matrix counts as
+    replicated, and the gradient norm has the first rank's part of it only.
+    """
+    cut = {
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for module in language.modules():
+        dimension = cut.get(type(module))
+        weight = getattr(module, "weight", None)
+        marked = weight is None or hasattr(weight, "tensor_model_parallel")
+        if dimension is not None and not marked:
+            tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dimension, 1)
 
 
 def vision_part(config: Any) -> nn.Module:

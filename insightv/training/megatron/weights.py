@@ -270,7 +270,7 @@ def load(pieces: Sequence[VisionLanguageModel], config: Any, layout: Layout, sou
     for piece in pieces:
         for row, before, parameter in parameters(piece):
             parameter.zero_()  # rows behind the vocabulary stay so
-            for span, part in _parts(row, shape, layout, rank, parameter):
+            for span, part in parts(row, shape, layout, rank, parameter):
                 name = language_name(naming.dialect, before + span.tensor)
                 part.copy_(folder.read(name, span))
         if piece.vision is not None:
@@ -278,10 +278,10 @@ def load(pieces: Sequence[VisionLanguageModel], config: Any, layout: Layout, sou
                 tensor.copy_(folder.whole(vision_name(naming.dialect, name)))
 
 
-def _parts(
+def parts(
     row: Row, shape: Shape, layout: Layout, rank: int, parameter: Tensor
 ) -> Iterator[tuple[Span, Tensor]]:
-    """Each span of a parameter with the part of it that holds the span."""
+    """Each span of a parameter of a rank, and a view of the part that holds the span."""
     dimension, start = int(row.cut is Cut.COLUMNS), 0
     for span in spans(row, shape, layout, rank):
         length = span.stop - span.start
@@ -309,7 +309,7 @@ def export(
     naming = Naming.of(config, Folder(source).shapes)
     if parallel_state.get_data_parallel_rank() == 0:
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        writer = _Writer(target, stage)
+        writer = Writer(target, stage)
         for name, tensor in stage_tensors(pieces, shape_of(config), layout):
             writer.add(naming.place(name), tensor)
         writer.close()
@@ -354,7 +354,7 @@ def stage_tensors(
                 continue
             whole = {name: torch.empty(sizes[name], dtype=shards[0].dtype) for name in row.tensors}
             for number, shard in enumerate(shards):
-                for span, part in _parts(row, shape, layout, number, shard):
+                for span, part in parts(row, shape, layout, number, shard):
                     span.of(whole[span.tensor]).copy_(part)
             for name, tensor in whole.items():
                 yield f"language.{before}{name}", tensor
@@ -376,21 +376,24 @@ def _gathered(tensor: Tensor) -> list[Tensor]:
     return [shard.cpu() for shard in shards or []]
 
 
-class _Writer:
+class Writer:
     """Writes a stage's tensors into files of bounded size."""
 
     def __init__(self, target: Path, stage: int):
+        """Files go into ``target`` and are named by the stage's number."""
         self._target, self._stage, self._files = target, stage, 0
         self._held: dict[str, Tensor] = {}
         self._bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Takes one tensor; writes what is held before it would be too much."""
         if self._held and self._bytes + tensor.nbytes > FILE_BYTES:
             self.close()
         self._held[name] = tensor.contiguous()
         self._bytes += tensor.nbytes
 
     def close(self) -> None:
+        """Writes what is held."""
         if self._held:
             file = self._target / f"stage-{self._stage:05d}-{self._files:05d}.safetensors"
             save_file(self._held, file, metadata={"format": "pt"})
