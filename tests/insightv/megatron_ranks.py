@@ -45,13 +45,34 @@ _HEAVY = (
 )
 
 
-def spawn(work: Any, folder: Path, *arguments: Any) -> None:
-    """Runs ``work(rank, folder, *arguments)`` on `WORLD` ranks; raises what a rank raised."""
+def _processes() -> Any:
     context = multiprocessing.get_context("forkserver")
     # Imported once and forked, not once a rank. Only what is installed can be preloaded: the
     # fork server does not know this process's sys.path.
     context.set_forkserver_preload(list(_HEAVY))
     os.environ["OMP_NUM_THREADS"] = "1"
+    return context
+
+
+def construct(out: Path, *layout: Any) -> None:
+    """`benchmarks/layouts.py` for one layout, in a process of its own; JSON into ``out``."""
+    process = _processes().Process(target=_construct, args=(out, layout))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _construct(out: Path, layout: Any) -> None:
+    import json
+    import runpy
+
+    script = Path(__file__).parents[2] / "benchmarks" / "layouts.py"
+    out.write_text(json.dumps(runpy.run_path(str(script))["construct"](*layout)))
+
+
+def spawn(work: Any, folder: Path, *arguments: Any) -> None:
+    """Runs ``work(rank, folder, *arguments)`` on `WORLD` ranks; raises what a rank raised."""
+    context = _processes()
     ranks = [
         context.Process(target=_rank, args=(work, rank, folder, arguments)) for rank in range(WORLD)
     ]
@@ -190,7 +211,8 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
     for name, laid, start, end in plan:
         layout = Layout(**LAYOUTS[laid])
         initialise(layout)
-        pieces = build(config, layout)
+        dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+        pieces = build(config, layout, dtype)
         load(pieces, config, layout, case.folder)
         models = replicate(pieces, distributed_optimizer=True)
         optimizer = Adam(models, RATE, clip=CLIP)

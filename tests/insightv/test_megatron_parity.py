@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import families
@@ -16,6 +17,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 pytest.importorskip(
     "megatron.core", reason="megatron-core is not installed: pip install -e '.[megatron]'"
 )
+from insightv.training.megatron.layout import Layout  # noqa: E402
+
 BATCHES = 4
 TEXTS = (
     ("{} What is the value of A? The answer is 3.",),
@@ -39,6 +42,11 @@ ADAM = [
     ("half:same", "tp2-pp2", 2, STEPS),
     ("half:tp2", "tp2", 2, STEPS),
     ("half:pp2-virtual", "pp2-virtual", 2, STEPS),
+]
+BF16 = [
+    ("bf16", "tp2-sp", 0, STEPS),
+    ("bf16-half", "tp2-sp", 0, 2),
+    ("bf16-half:same", "tp2-sp", 2, STEPS),
 ]
 """Runs of Adam: name, layout, first step, end; the later ones go on from ``half``."""
 _TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -216,7 +224,7 @@ def stepped(tmp_path_factory):
     case, _ = make_case("qwen2.5-vl", root / "qwen2.5-vl")
     out = root / "out"
     out.mkdir()
-    megatron_ranks.spawn(megatron_ranks.adam, out, case, ADAM)
+    megatron_ranks.spawn(megatron_ranks.adam, out, case, ADAM + BF16)
     return out, _adam(case)
 
 
@@ -259,6 +267,22 @@ def test_adam_equals_torch_also_resumed_on_another_layout(stepped, run):
             torch.testing.assert_close(tensor, expected[weight], atol=1e-3, rtol=0, msg=weight)
 
 
+def test_bf16_follows_fp32_and_resumes_bit_equal(stepped):
+    out, expected = stepped
+    losses, norms = _numbers(out / "bf16")
+    torch.testing.assert_close(losses, expected["losses"], atol=0.03, rtol=0)
+    torch.testing.assert_close(norms, expected["norms"], atol=0.1, rtol=0)
+    resumed, _ = _numbers(out / "bf16-half:same")
+    assert torch.equal(losses[2:], resumed)
+    state = _tensors(out / "bf16" / "state", "*")
+    model = _tensors(out / "bf16" / "model")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in model.values())
+    master = state["weight.language.norm.weight"]
+    assert master.dtype == torch.float32
+    assert torch.equal(master.bfloat16(), model["model.norm.weight"])
+    assert not torch.equal(master.bfloat16().float(), master)
+
+
 def test_a_resume_on_the_same_layout_is_bit_equal(stepped):
     out, _ = stepped
     losses, _ = _numbers(out / "whole")
@@ -268,6 +292,21 @@ def test_a_resume_on_the_same_layout_is_bit_equal(stepped):
         one, other = (_tensors(out / name / place, "*") for name in ("whole", "half:same"))
         assert one.keys() == other.keys()
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_large_layout_is_constructed_on_256_ranks(tmp_path):
+    layout = Layout(tensor_parallel=8, pipeline_parallel=4, sequence_parallel=True, vision_layers=2)
+    megatron_ranks.construct(tmp_path / "out.json", "Qwen2.5-VL-72B", 256, layout)
+    made = json.loads((tmp_path / "out.json").read_text())
+    assert made["data_parallel"] == 8
+    assert [stage["layers"] for stage in made["stages"]] == [18, 21, 21, 20]
+    second = made["stages"][1]["groups"]
+    assert second["tensor"] == list(range(64, 72))
+    assert second["data"] == list(range(64, 128, 8))
+    assert second["pipeline"] == [0, 64, 128, 192]
+    # The whole language model: what the base has, up to rows of padding and repeated norms.
+    language = sum(stage["parameters"] for stage in made["stages"]) * 8
+    assert 72.7e9 < language - 7 * 0.7e9 < 73.5e9
 
 
 _PARTS = ("language", "vision")
