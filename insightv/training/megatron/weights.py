@@ -1,0 +1,426 @@
+"""Weights between a Hugging Face folder and the ranks of any layout, bit for bit.
+
+A parameter of a rank is pieces of Hugging Face tensors behind each other (`spans`). Reading
+copies the pieces out of the folder, writing copies them back; both use the same list, so one
+undoes the other. Tensors pass one at a time: a rank reads its own pieces only, and the first
+tensor parallel rank of each stage gathers and writes what its stage holds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed
+
+from hpc.errors import UserError
+from insightv.training.megatron.families import (
+    IGNORED,
+    LANGUAGE,
+    LAYER,
+    Cut,
+    Dialect,
+    Row,
+    dialect_of,
+    language_name,
+    shape_of,
+    sizes_of,
+    tensors_of,
+    vision_name,
+)
+from insightv.training.megatron.layout import Layout, Shape
+from insightv.training.megatron.model import VisionLanguageModel, vision_part
+
+FILE_BYTES = 4 * 2**30
+"""A written file holds at most about so much, and so does a writing rank's memory."""
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a tensor: places ``start`` to ``stop`` along ``dimension``."""
+
+    tensor: str
+    dimension: int
+    start: int
+    stop: int
+
+    def of(self, whole: Any) -> Any:
+        """The piece of a tensor, or of a slice of a file."""
+        if self.dimension == 0:
+            return whole[self.start : self.stop]
+        return whole[:, self.start : self.stop]
+
+
+def spans(row: Row, shape: Shape, layout: Layout, rank: int) -> list[Span]:
+    """What a parameter of one tensor parallel rank is made of, in order.
+
+    Args:
+        row: The parameter.
+        shape: The language model's sizes.
+        layout: How many tensor parallel ranks there are.
+        rank: The tensor parallel rank.
+    """
+    sizes = sizes_of(shape)
+    if row.cut is Cut.WHOLE:
+        return [Span(name, 0, 0, sizes[name][0]) for name in row.tensors]
+    if row.cut is Cut.HEADS:
+        return _head_spans(row, shape, layout.tensor_parallel, rank)
+    dimension = 1 if row.cut is Cut.COLUMNS else 0
+    pieces = []
+    for name in row.tensors:
+        size = sizes[name][dimension]
+        # Only a vocabulary is padded; what is behind its end belongs to no tensor.
+        whole = layout.padded_vocabulary(size) if row.cut is Cut.ROWS else size
+        length = whole // layout.tensor_parallel
+        start = min(rank * length, size)
+        pieces.append(Span(name, dimension, start, min(start + length, size)))
+    return pieces
+
+
+def _head_spans(row: Row, shape: Shape, ranks: int, rank: int) -> list[Span]:
+    """Group by group: the group's queries, its keys, its values."""
+    query, key, value = row.tensors
+    wide = shape.heads // shape.groups * shape.head
+    each = shape.groups // ranks
+    pieces = []
+    for group in range(rank * each, (rank + 1) * each):
+        pieces.append(Span(query, 0, group * wide, (group + 1) * wide))
+        for name in (key, value):
+            pieces.append(Span(name, 0, group * shape.head, (group + 1) * shape.head))
+    return pieces
+
+
+class Folder:
+    """A model folder's tensors, read piece by piece.
+
+    Attributes:
+        path: The folder.
+        shapes: Shape of each tensor, by the name it has there.
+    """
+
+    def __init__(self, path: Path):
+        """Opens every safetensors file; nothing is read but their headers.
+
+        Raises:
+            UserError: There are none, or one is damaged.
+        """
+        self.path = path
+        self._files = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in _files_of(path):
+            try:
+                opened = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is damaged: {error}; fetch the model again") from None
+            for name in opened.keys():  # noqa: SIM118  (no mapping)
+                self._files[name] = opened
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+
+    def read(self, name: str, span: Span) -> Tensor:
+        """A piece of one tensor."""
+        tensor: Tensor = span.of(self._files[name].get_slice(name))
+        return tensor
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def _files_of(path: Path) -> list[Path]:
+    index = path / _INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        # An index is data: it may name files of this folder, nothing else.
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{index} names files outside its folder")
+        files = [path / name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} of its weight files, e.g. {missing[0]}")
+    if not files:
+        raise UserError(f"{path} has no *.safetensors; other formats of weights are not read")
+    return files
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Where each tensor of a model stands in a folder.
+
+    Attributes:
+        dialect: The folder's spelling.
+        language: Language model's tensors: name in the table → shape.
+        vision: Vision part's tensors: name in the module → shape.
+        tied: Whether the head is the embedding.
+    """
+
+    dialect: Dialect
+    language: dict[str, tuple[int, ...]]
+    vision: dict[str, tuple[int, ...]]
+    tied: bool
+
+    def place(self, name: str) -> str:
+        """Where ``language.…`` or ``vision.…`` stands in the folder."""
+        part, _, rest = name.partition(".")
+        spell = language_name if part == "language" else vision_name
+        return spell(self.dialect, rest)
+
+    @classmethod
+    def of(cls, config: Any, shapes: dict[str, tuple[int, ...]]) -> Naming:
+        """Finds the spelling of a folder whose tensors have these shapes.
+
+        Raises:
+            UserError: The family is not supported, or no spelling fits.
+        """
+        with torch.device("meta"):
+            vision = vision_part(config)
+        names = {name: tuple(tensor.shape) for name, tensor in vision.state_dict().items()}
+        shape = shape_of(config)
+        dialect = dialect_of(config.model_type, shapes.__contains__, list(names))
+        return cls(dialect, tensors_of(shape), names, shape.tied)
+
+    def check(self, folder: Folder) -> None:
+        """Holds the folder against what the model needs.
+
+        Raises:
+            UserError: A table of tensors that are missing, extra or of the wrong shape.
+        """
+        there, rows = folder.shapes, []
+        needed = {self.place(f"language.{name}"): size for name, size in self.language.items()}
+        needed |= {self.place(f"vision.{name}"): size for name, size in self.vision.items()}
+        for name, size in needed.items():
+            if name not in there:
+                rows.append((name, "missing", str(size), ""))
+            elif there[name] != size:
+                rows.append((name, "wrong shape", str(size), str(there[name])))
+        for name in there.keys() - needed.keys():
+            if not name.endswith(IGNORED) and not (self.tied and name == self.dialect.head):
+                rows.append((name, "extra", "", str(there[name])))
+        if rows:
+            listing = _listing(sorted(rows))
+            raise UserError(
+                f"weights in {folder.path} do not fit its config.json in {len(rows)} tensors; "
+                f"fetch the model again:\n{listing}"
+            )
+
+
+def _listing(rows: list[tuple[str, str, str, str]], most: int = 40) -> str:
+    table = Table("tensor", "is", "config.json asks for", "the folder holds")
+    for row in rows[:most]:
+        table.add_row(*row)
+    if len(rows) > most:
+        table.add_row(f"… {len(rows) - most} more")
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def parameters(piece: VisionLanguageModel) -> Iterator[tuple[Row, str, Tensor]]:
+    """The language model's parameters of a stage.
+
+    Yields:
+        The row of the table, what stands before its tensors' names, and the parameter.
+
+    Raises:
+        ValueError: The model has a parameter that no row names.
+    """
+    held = dict(piece.language.named_parameters())
+    for row in LANGUAGE:
+        if row.name in held:
+            if row.name == "output_layer.weight" and piece.share_embeddings_and_output_weights:
+                yield replace(row, tensors=LANGUAGE[0].tensors), "", held.pop(row.name)
+            else:
+                yield row, "", held.pop(row.name)
+    for local, layer in enumerate(piece.language.decoder.layers):
+        for row in LAYER:
+            name = f"decoder.layers.{local}.{row.name}"
+            if name in held:
+                yield row, f"layers.{layer.layer_number - 1}.", held.pop(name)
+    if held:
+        raise ValueError(f"parameters that no row of the table names: {sorted(held)}")
+
+
+@torch.no_grad()
+def load(pieces: Sequence[VisionLanguageModel], config: Any, layout: Layout, source: Path) -> None:
+    """Fills this rank's part of a model from a Hugging Face folder.
+
+    Every rank checks the whole folder, so that all of them refuse it or none does.
+
+    Raises:
+        UserError: The folder is damaged, or a tensor missing, extra or of the wrong shape.
+    """
+    folder = Folder(source)
+    naming = Naming.of(config, folder.shapes)
+    naming.check(folder)
+    shape, rank = shape_of(config), parallel_state.get_tensor_model_parallel_rank()
+    for piece in pieces:
+        for row, before, parameter in parameters(piece):
+            parameter.zero_()  # rows behind the vocabulary stay so
+            for span, part in parts(row, shape, layout, rank, parameter):
+                name = language_name(naming.dialect, before + span.tensor)
+                part.copy_(folder.read(name, span))
+        if piece.vision is not None:
+            for name, tensor in piece.vision.state_dict().items():
+                tensor.copy_(folder.whole(vision_name(naming.dialect, name)))
+
+
+def parts(
+    row: Row, shape: Shape, layout: Layout, rank: int, parameter: Tensor
+) -> Iterator[tuple[Span, Tensor]]:
+    """Each span of a parameter of a rank, and a view of the part that holds the span."""
+    dimension, start = int(row.cut is Cut.COLUMNS), 0
+    for span in spans(row, shape, layout, rank):
+        length = span.stop - span.start
+        yield span, parameter.narrow(dimension, start, length)
+        start += length
+
+
+@torch.no_grad()
+def export(
+    pieces: Sequence[VisionLanguageModel], config: Any, layout: Layout, source: Path, target: Path
+) -> None:
+    """Writes a model as a Hugging Face folder; every rank must call it.
+
+    Names, configuration and processor are those of ``source``, the folder it was loaded from.
+    The first data parallel copy writes: each stage its own files, tensor after tensor.
+
+    Args:
+        pieces: This rank's part of the model.
+        config: A transformers configuration of the whole model.
+        layout: How it is laid over the ranks.
+        source: A folder of the same model.
+        target: An empty folder on a file system that all ranks see.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    naming = Naming.of(config, Folder(source).shapes)
+    if parallel_state.get_data_parallel_rank() == 0:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        writer = Writer(target, stage)
+        for name, tensor in stage_tensors(pieces, shape_of(config), layout):
+            writer.add(naming.place(name), tensor)
+        writer.close()
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        dtype = next(pieces[0].parameters()).dtype
+        _finish(source, target, str(dtype).removeprefix("torch."))
+    distributed.barrier()
+
+
+def stage_tensors(
+    pieces: Sequence[VisionLanguageModel],
+    shape: Shape,
+    layout: Layout,
+    of: Callable[[Tensor], Tensor | None] = lambda parameter: parameter,
+) -> Iterator[tuple[str, Tensor]]:
+    """A stage's whole tensors, gathered one at a time.
+
+    All tensor parallel ranks of the stage must go through it together.
+
+    Args:
+        pieces: This rank's part of the model.
+        shape: The language model's sizes.
+        layout: How it is laid over the ranks.
+        of: What is gathered of each parameter: itself, something of its shape (its gradient),
+            or None, the same on all ranks, to leave it out.
+
+    Yields:
+        On the first tensor parallel rank: names (``language.…`` as in the table, ``vision.…``)
+        and tensors on the CPU. On the others nothing.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    sizes = sizes_of(shape)
+    for piece in pieces:
+        for row, before, parameter in parameters(piece):
+            twin = row.name == "output_layer.weight" and piece.share_embeddings_and_output_weights
+            if twin:
+                continue  # the first stage holds the same
+            wanted = of(parameter)
+            shards = _gathered(wanted) if wanted is not None else []
+            if not shards:
+                continue
+            whole = {name: torch.empty(sizes[name], dtype=shards[0].dtype) for name in row.tensors}
+            for number, shard in enumerate(shards):
+                for span, part in parts(row, shape, layout, number, shard):
+                    span.of(whole[span.tensor]).copy_(part)
+            for name, tensor in whole.items():
+                yield f"language.{before}{name}", tensor
+        if piece.vision is not None and rank == 0:
+            for name, tensor in piece.vision.state_dict(keep_vars=True).items():
+                wanted = of(tensor)
+                if wanted is not None:
+                    yield f"vision.{name}", wanted.detach().cpu().clone()
+
+
+def _gathered(tensor: Tensor) -> list[Tensor]:
+    """Shards of all tensor parallel ranks, on the CPU of the first; an empty list elsewhere."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return [tensor.detach().cpu()]
+    shard = tensor.detach().contiguous()
+    shards = [torch.empty_like(shard) for _ in range(group.size())] if not group.rank() else None
+    distributed.gather(shard, shards, dst=distributed.get_global_rank(group, 0), group=group)
+    return [shard.cpu() for shard in shards or []]
+
+
+class Writer:
+    """Writes a stage's tensors into files of bounded size."""
+
+    def __init__(self, target: Path, stage: int):
+        """Files go into ``target`` and are named by the stage's number."""
+        self._target, self._stage, self._files = target, stage, 0
+        self._held: dict[str, Tensor] = {}
+        self._bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes one tensor; writes what is held before it would be too much."""
+        if self._held and self._bytes + tensor.nbytes > FILE_BYTES:
+            self.close()
+        self._held[name] = tensor.contiguous()
+        self._bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Writes what is held."""
+        if self._held:
+            file = self._target / f"stage-{self._stage:05d}-{self._files:05d}.safetensors"
+            save_file(self._held, file, metadata={"format": "pt"})
+            self._files += 1
+        self._held, self._bytes = {}, 0
+
+
+def _finish(source: Path, target: Path, dtype: str) -> None:
+    """Final names, the index, and everything of the source that is no weight."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith((".safetensors", ".bin", "index.json")):
+            shutil.copyfile(file, target / file.name)
+    config = json.loads((target / "config.json").read_text())
+    config["dtype"] = dtype
+    config.pop("torch_dtype", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    parts = sorted(target.glob("stage-*.safetensors"))
+    if len(parts) == 1:
+        parts[0].rename(target / "model.safetensors")
+        return
+    placed: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(parts, 1):
+        file = target / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        part.rename(file)
+        size += file.stat().st_size
+        with safe_open(file, framework="pt") as opened:
+            placed |= dict.fromkeys(opened.keys(), file.name)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
+    (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

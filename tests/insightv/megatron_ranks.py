@@ -1,0 +1,266 @@
+"""What each rank does in the tests of the megatron backend: real processes, gloo, no GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
+
+WORLD = 4
+FAMILIES = ("llava-next", "llava-onevision", "qwen2.5-vl")
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tensor_parallel": 2},
+    "pp2": {"pipeline_parallel": 2},
+    "tp2-pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "tp2-sp": {"tensor_parallel": 2, "sequence_parallel": True},
+    "tp2-pp2-sp": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
+    "pp2-virtual": {"pipeline_parallel": 2, "virtual_stages": 2},
+    "pp2-uneven": {"pipeline_parallel": 2, "layers": [1, 3]},
+}
+RECOMPUTED = ("tp2-pp2-sp",)
+FROZEN = ("pp2-uneven",)
+"""Layouts under which layers are computed again, and the vision tower is frozen."""
+
+
+_HEAVY = (
+    "megatron.core.distributed",
+    "megatron.core.models.gpt",
+    "megatron.core.pipeline_parallel",
+    "rich.table",
+    "torch.nn.attention.flex_attention",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llava_next.modeling_llava_next",
+    "transformers.models.llava_onevision.modeling_llava_onevision",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.siglip.modeling_siglip",
+)
+
+
+def _processes() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    # Imported once and forked, not once a rank. Only what is installed can be preloaded: the
+    # fork server does not know this process's sys.path.
+    context.set_forkserver_preload(list(_HEAVY))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return context
+
+
+def construct(out: Path, *layout: Any) -> None:
+    """`benchmarks/layouts.py` for one layout, in a process of its own; JSON into ``out``."""
+    process = _processes().Process(target=_construct, args=(out, layout))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _construct(out: Path, layout: Any) -> None:
+    import json
+    import runpy
+
+    script = Path(__file__).parents[2] / "benchmarks" / "layouts.py"
+    out.write_text(json.dumps(runpy.run_path(str(script))["construct"](*layout)))
+
+
+def spawn(work: Any, folder: Path, *arguments: Any) -> None:
+    """Runs ``work(rank, folder, *arguments)`` on `WORLD` ranks; raises what a rank raised."""
+    context = _processes()
+    ranks = [
+        context.Process(target=_rank, args=(work, rank, folder, arguments)) for rank in range(WORLD)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        while any(rank.is_alive() for rank in ranks):
+            for rank in ranks:
+                rank.join(0.2)
+            if any(rank.exitcode for rank in ranks):
+                break
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
+    assert not errors, errors[0]
+    assert [rank.exitcode for rank in ranks] == [0] * WORLD
+
+
+def _rank(work: Any, rank: int, folder: Path, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(folder / "store"), WORLD)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    try:
+        work(rank, folder, *arguments)
+        distributed.barrier()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+    distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Micro-batches of one family, each a padded row or two, as plain tensors in files."""
+
+    folder: Path
+    batches: int
+
+    def batch(self, number: int) -> dict[str, torch.Tensor]:
+        name = f"{self.folder.name}-batch-{number}.safetensors"
+        return load_file(self.folder.with_name(name))
+
+
+def parity(rank: int, folder: Path, cases: dict[str, Case], runs: list[tuple[str, str]]) -> None:
+    """Logits, gradients and an export of each (case, layout)."""
+    from megatron.core import parallel_state
+
+    from insightv.training.megatron.layout import Layout
+    from insightv.training.megatron.model import initialise
+
+    for name in dict.fromkeys(layout for _, layout in runs):
+        layout = Layout(**LAYOUTS[name])
+        initialise(layout)
+        for case, asked in runs:
+            if asked == name:
+                _compare(cases[case], layout, name, folder / f"{case}-{name}")
+        parallel_state.destroy_model_parallel()
+
+
+def _compare(case: Case, layout: Any, name: str, out: Path) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from transformers import AutoConfig
+
+    from insightv.models import freeze_vision
+    from insightv.training.megatron.families import shape_of
+    from insightv.training.megatron.model import build, logprobs
+    from insightv.training.megatron.schedule import forward_backward, replicate
+    from insightv.training.megatron.weights import export, load, stage_tensors
+
+    config = AutoConfig.from_pretrained(case.folder)
+    pieces = build(config, layout, recompute=name in RECOMPUTED)
+    load(pieces, config, layout, case.folder)
+    if name in FROZEN and pieces[0].vision is not None:
+        freeze_vision(pieces[0].vision)
+    export(pieces, config, layout, case.folder, out / "model")
+
+    copy = parallel_state.get_data_parallel_rank()
+    copies = parallel_state.get_data_parallel_world_size()
+    numbers = list(range(case.batches))[copy::copies]
+    raw = [case.batch(number) for number in numbers]
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def whole(logits: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        every = gather_from_tensor_model_parallel_region(logits)
+        return every.new_zeros(()), every[..., : shape_of(config).vocabulary]
+
+    found = forward_backward(pieces, [inputs_of(batch) for batch in raw], whole, backward=False)
+    if last and first:
+        for number, logits in zip(numbers, found, strict=True):
+            save_file({"logits": logits.contiguous()}, out / f"logits-{number}.safetensors")
+
+    def nll(logits: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = raw[number]
+        share = -logprobs(logits, batch["targets"]).sum() / batch["total"]
+        return share, share.detach().clone()
+
+    models = replicate(pieces)
+    shares = forward_backward(
+        models, [inputs_of(batch, targets=True) for batch in raw], nll, backward=True
+    )
+    if last and first:
+        save_file({"loss": torch.stack(shares).sum()}, out / f"loss-{copy}.safetensors")
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    if copy == 0:
+        gradients = dict(
+            stage_tensors(
+                pieces, shape_of(config), layout, of=lambda one: getattr(one, "main_grad", None)
+            )
+        )
+        if gradients:
+            save_file(gradients, out / f"gradients-{stage}.safetensors")
+
+
+def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, int]]) -> None:
+    """Runs of Adam: (name, layout, first step, end); a run that starts later resumes.
+
+    Each leaves its losses, a checkpoint and the model as a folder; the checkpoint it resumes
+    from is that of the run named before the colon.
+    """
+    from megatron.core import parallel_state
+    from transformers import AutoConfig
+
+    from insightv.training.megatron.families import shape_of
+    from insightv.training.megatron.layout import Layout
+    from insightv.training.megatron.model import build, initialise, logprobs
+    from insightv.training.megatron.optimizer import Adam
+    from insightv.training.megatron.schedule import forward_backward, replicate
+    from insightv.training.megatron.weights import export, load
+
+    config = AutoConfig.from_pretrained(case.folder)
+    shape = shape_of(config)
+    for name, laid, start, end in plan:
+        layout = Layout(**LAYOUTS[laid])
+        initialise(layout)
+        dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+        pieces = build(config, layout, dtype)
+        load(pieces, config, layout, case.folder)
+        models = replicate(pieces, distributed_optimizer=True)
+        optimizer = Adam(models, RATE, clip=CLIP)
+        if start:
+            optimizer.resume(pieces, shape, layout, folder / name.partition(":")[0] / "state")
+        copy = parallel_state.get_data_parallel_rank()
+        copies = parallel_state.get_data_parallel_world_size()
+        raw = [case.batch(number) for number in range(case.batches)[copy::copies]]
+
+        def nll(
+            logits: torch.Tensor, number: int, raw: Any = raw
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            batch = raw[number]
+            share = -logprobs(logits, batch["targets"]).sum() / batch["total"]
+            return share, share.detach().clone()
+
+        losses, norms = [], []
+        for _ in range(start, end):
+            inputs = [inputs_of(batch, targets=True) for batch in raw]
+            shares = forward_backward(models, inputs, nll)
+            norm, applied = optimizer.step(RATE)
+            assert applied
+            norms.append(norm)
+            losses.append(torch.stack(shares).sum() if shares else torch.zeros(()))
+        assert not optimizer.step(RATE, finite=False)[1]
+        out = folder / name
+        (out / "state").mkdir(parents=True, exist_ok=True)
+        optimizer.save(pieces, shape, layout, out / "state")
+        export(pieces, config, layout, case.folder, out / "model")
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        if last and parallel_state.get_tensor_model_parallel_rank() == 0:
+            numbers = {"losses": torch.stack(losses), "norms": torch.tensor(norms)}
+            save_file(numbers, out / f"losses-{copy}.safetensors")
+        parallel_state.destroy_model_parallel()
+
+
+CLIP = 1.0
+RATE = 1e-3
+
+
+def inputs_of(batch: dict[str, torch.Tensor], targets: bool = False) -> Any:
+    from insightv.training.megatron.model import Inputs
+
+    pictures = {k[8:]: v for k, v in batch.items() if k.startswith("picture.")}
+    return Inputs(
+        batch["input_ids"],
+        batch["position_ids"],
+        batch.get("mask"),
+        pictures,
+        batch["places"] if targets else None,
+    )
