@@ -189,7 +189,7 @@ class Batch:
     def to(self, device: str) -> Batch:
         """The same batch on another device."""
         moved = {name: value.to(device) for name, value in self.inputs.items()}
-        tensors = {
+        tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
         }
         return replace(self, inputs=moved, **tensors)
