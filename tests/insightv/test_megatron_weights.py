@@ -25,9 +25,10 @@ from insightv.training.megatron.families import (  # noqa: E402
     shape_of,
     sizes_of,
 )
+from insightv.training.megatron.folders import Folder, Naming  # noqa: E402
+from insightv.training.megatron.layers import CoreAttention  # noqa: E402
 from insightv.training.megatron.layout import Layout, Shape  # noqa: E402
-from insightv.training.megatron.model import CoreAttention  # noqa: E402
-from insightv.training.megatron.weights import Folder, Naming, spans  # noqa: E402
+from insightv.training.megatron.weights import spans  # noqa: E402
 
 
 @st.composite

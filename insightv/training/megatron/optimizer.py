@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch import Tensor, distributed
 
 from hpc.errors import UserError
 from insightv.training.megatron import cpu
+from insightv.training.megatron.folders import Folder
 from insightv.training.megatron.layout import Layout, Shape
 from insightv.training.megatron.model import VisionLanguageModel
-from insightv.training.megatron.weights import Folder, Writer, parameters, parts, stage_tensors
+from insightv.training.megatron.weights import Writer, parameters, parts, stage_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -106,7 +108,7 @@ class Adam:
         writer = Writer(folder, parallel_state.get_pipeline_model_parallel_rank())
         for kind in ("weight", *MOMENTS):
             for name, tensor in stage_tensors(
-                pieces, shape, layout, lambda one, kind=kind: self._gathered(one, kind)
+                pieces, shape, layout, partial(self._gathered, kind=kind)
             ):
                 if writes:
                     writer.add(f"{kind}.{name}", tensor)
