@@ -208,6 +208,19 @@ def test_a_worker_that_hangs(cluster: Testbed) -> None:
     assert "no call has ended for" in log.read_text() and "misbehave" in log.read_text()
 
 
+def test_a_worker_without_work_leaves(cluster: Testbed) -> None:
+    """Two shards, three workers: one ends well while the others are still busy."""
+    asked = profile(linger=1.0)
+    asked.cpu.workers = 3
+    run = Run(cluster, asked)
+    run.submit("small=true", "n=24", "per_shard=12", "workers=3", "pause=5.0", "only=double")
+    run.check()
+    ends = sorted(run.ended("double"), key=lambda entry: entry["time"])
+    assert [entry["status"] for entry in ends] == [0, 0, 0]
+    assert ends[0]["time"] < ends[1]["time"] - 5
+    assert [entry["attempt"] for entry in run.submitted() if entry["stage"] == "double"] == [0, 0]
+
+
 def test_too_many_failures_and_a_spent_budget(cluster: Testbed) -> None:
     failing, poor = Run(cluster), Run(cluster)
     asked = profile(stages={"numbers": Resources(memory="400M", gpus=2, minutes=20)})

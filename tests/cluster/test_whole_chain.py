@@ -74,9 +74,14 @@ def keys(run: Path, stage: str) -> list[str]:
 
 
 def shape(value: Any) -> Any:
-    """The names in a value, and the kinds of what stands under them."""
+    """The names in a value, and the kinds of what stands under them.
+
+    What is counted by kind (failures by reason, say) has the names of the kinds that were met.
+    """
     if isinstance(value, dict):
+        if all(isinstance(item, int) for item in value.values()):
+            return "counts"
         return {name: shape(item) for name, item in value.items()}
     if isinstance(value, list):
         return [shape(item) for item in value[:1]]
-    return "number" if isinstance(value, int | float) else type(value).__name__
+    return "number" if isinstance(value, int | float | None) else type(value).__name__
