@@ -331,8 +331,8 @@ def bundle(
         if target.exists():
             continue
         say(f"collecting the base image {image}")
-        source = str(bases[name].absolute()) if name in bases else f"docker://{image}"
-        command = ["apptainer", "build", "--force", str(part), source]
+        origin = str(bases[name].absolute()) if name in bases else f"docker://{image}"
+        command = ["apptainer", "build", "--force", str(part), origin]
         _run(command, folder, folder / f"{name}.log", say)
         part.replace(target)
     write_atomic(folder / "lock.sha256", _digest(definition.lock) + "\n")
