@@ -444,6 +444,20 @@ def preflight(run_dir: Path, stages: Annotated[list[str] | None, typer.Argument(
     return payload(opened(run_dir), ["preflight", *(stages or ())])
 
 
+def gpus() -> int:
+    """Whether torch computes on GPUs here: 0 and what it sees, or 1 and what it is."""
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    build = f"ROCm {torch.version.hip}" if torch.version.hip else build
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} ({build}) sees no GPU")
+        return 1
+    count = torch.cuda.device_count()
+    print(f"torch {torch.__version__} ({build}) sees {count}, {torch.cuda.get_device_name(0)}")
+    return 0
+
+
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
     commands: tuple[tuple[str, Any], ...] = (
@@ -459,3 +473,4 @@ def add_to(app: typer.Typer) -> None:
     app.command("work", hidden=True)(work)
     app.command("gate", hidden=True)(gate)
     app.command("preflight", hidden=True)(preflight)
+    app.command("gpus", hidden=True)(gpus)
