@@ -77,7 +77,7 @@ def submit(
     new = not run.path.exists()
     run.create()
     with run.lock():
-        with _removed_on_error(run.path) if new else nullcontext():
+        with _removed_on_error(run) if new else nullcontext():
             if prepare is not None:
                 prepare()
             if not remake:
@@ -113,12 +113,16 @@ def submit(
 
 
 @contextmanager
-def _removed_on_error(folder: Path) -> Iterator[None]:
-    """Removes a folder that was made for what has failed, an interrupt included."""
+def _removed_on_error(run: RunDir) -> Iterator[None]:
+    """Removes a run that was made for what has failed, an interrupt included.
+
+    Unless another submission was here between, whose jobs work in it.
+    """
     try:
         yield
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not run.jobs.exists():
+            shutil.rmtree(run.path, ignore_errors=True)
         raise
 
 
