@@ -152,6 +152,7 @@ def _try(planned: Sequence[Planned], profile: Profile) -> None:
         script = Path(folder) / "job.sh"
         for item in planned:
             script.write_text(item.text)
+            told = False
             while True:
                 try:
                     said = slurm.test_only(script, profile.export)
@@ -159,6 +160,9 @@ def _try(planned: Sequence[Planned], profile: Profile) -> None:
                 except SlurmError as error:
                     if time.monotonic() > give_up:
                         raise UserError(f"{item.name}: {error}; try again later") from None
+                if not told:
+                    slurm.tell_waiting(profile.submit.patience)
+                    told = True
                 time.sleep(2.0)
             if said:
                 raise UserError(

@@ -18,7 +18,7 @@ from hpc.config import digest, shaping
 from hpc.disk import make_folder
 from hpc.errors import UserError
 from hpc.provenance import image
-from hpc.rundir import STOPPED, Chain, read_json, write_json
+from hpc.rundir import STOPPED, Chain, RunDir, read_json, write_json
 from hpc.shards import (
     Sidecar,
     list_folder,
@@ -35,14 +35,21 @@ RETRY = 76
 STOP = 77
 SPARE = 78
 
+# What is read of a manifest without looking whether it is there.
+_KEYS = {"hash", "made", "parents", "config", "shards", "inputs", "rows", "errors", "seconds"}
+
 # Network file systems remember for some seconds that a name was absent.
 _SECOND_LOOK = 1.0
 _TRIES = 10
 
 
 def fresh(chain: Chain, name: str) -> bool:
-    """Whether a stage is complete and nothing it depends on has changed since."""
-    manifest = chain.run.read_manifest(name)
+    """Whether a stage is complete and nothing it depends on has changed since.
+
+    Raises:
+        UserError: Its manifest is none.
+    """
+    manifest = _manifest(chain.run, name)
     return (
         manifest is not None
         and manifest["hash"] == chain.identity(name)
@@ -50,6 +57,17 @@ def fresh(chain: Chain, name: str) -> bool:
         and not _absent(chain, name, range(manifest["shards"]))
         and not _absent_outputs(chain, chain.stages[name])
     )
+
+
+def _manifest(run: RunDir, name: str) -> dict[str, Any] | None:
+    """A stage's manifest with all that is read of it, or None while it is not complete."""
+    manifest = run.read_manifest(name)
+    if manifest is not None and (lacking := _KEYS - manifest.keys()):
+        raise UserError(
+            f"{run.manifest(name)}: no manifest, lacks {', '.join(sorted(lacking))}; delete it, "
+            "and its stage is completed again"
+        )
+    return manifest
 
 
 def standing(chain: Chain) -> dict[str, bool]:
@@ -68,7 +86,7 @@ def refuse_changes(chain: Chain) -> None:
     """
     run = chain.run
     for name, stage in chain.stages.items():
-        kept = run.read_manifest(name) or read_json(run.started(name))
+        kept = _manifest(run, name) or read_json(run.started(name))
         if kept is None or kept["hash"] == chain.identity(name):
             continue
         if not run.manifest(name).exists() and not list_folder(run.shards(name)).complete:

@@ -221,6 +221,20 @@ def _of_gpus(about: str, known: Mapping[str, list[str]], wanted: int) -> Iterato
     said = f"{seen}, {driver or 'nvidia-smi is not there'}"
     level = "wrong" if failed else "ok" if driver else "note"
     yield Finding(level, f"{about}, GPUs", said)
+    for line in known.get("torch", []):
+        yield _of_torch(f"{about}, torch", line, bool(driver) and not failed)
+
+
+def _of_torch(about: str, line: str, driver: bool) -> Finding:
+    """What the payload says of its GPUs: the status of `program gpus`, then its last line."""
+    status, _, said = line.partition(" ")
+    if status == "0":
+        return Finding("ok", about, said)
+    if status != "1":  # an older payload, in an image say
+        return Finding("note", about, f"cannot be asked for its GPUs (status {status}: {said})")
+    if not driver:
+        return Finding("note", about, said)
+    return Finding("wrong", about, f"{said}; install the CUDA build that docs/cluster.md names")
 
 
 def _between(title: str, facts: Sequence[Mapping[str, list[str]]]) -> Iterator[Finding]:

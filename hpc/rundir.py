@@ -154,8 +154,16 @@ class RunDir:
     # ---- records
 
     def read_manifest(self, stage: str) -> dict[str, Any] | None:
-        """A stage's manifest, or None while it is not complete."""
-        return read_json(self.manifest(stage))
+        """A stage's manifest, or None while it is not complete.
+
+        Raises:
+            UserError: What is there is no manifest.
+        """
+        path = self.manifest(stage)
+        manifest = read_json(path)
+        if not isinstance(manifest, dict | None):
+            raise UserError(f"{path}: no manifest; delete it, and its stage is completed again")
+        return manifest
 
     def add_job(self, **entry: Any) -> None:
         """Appends a line to ``jobs.jsonl``; one write, so that lines never mix."""

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from hpc.errors import UserError
 
 _AWAY = re.compile(
     r"[Cc]ontact|timed out|[Rr]efused|[Tt]emporar|Zero Bytes|try again|[Uu]nexpected message"
-    r"|configuration source"
 )
+_UNKNOWN = re.compile(r"configuration source|[Uu]nable to process configuration file")
+"""What Slurm's commands say where nobody told them of a cluster."""
 _QUEUE = "%F|%K|%j|%T|%N|%M|%r"
 _ACCOUNTS = ("JobID", "JobName", "State", "Start", "ElapsedRaw", "AllocTRES")
 ACCOUNTS = (
@@ -101,7 +103,7 @@ def answers() -> bool:
     """Whether there is a cluster that can be asked, now."""
     try:
         return available() and bool(call("scontrol", "show", "config", seconds=20.0))
-    except SlurmError:
+    except (SlurmError, UserError):
         return False
 
 
@@ -116,8 +118,11 @@ def call(*words: str, env: Mapping[str, str] | None = None, seconds: float = 60.
 
     Raises:
         SlurmError: It failed, or took too long.
-        UserError: There is no such command.
+        UserError: There is no such command, or it knows of no cluster.
     """
+    named = (os.environ if env is None else env).get("SLURM_CONF")
+    if named and not Path(named).exists():  # Slurm itself would look for a minute
+        raise UserError(f"SLURM_CONF names {named}, which is not there; mend it, or unset it")
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, errors="replace", timeout=seconds, env=env
@@ -131,7 +136,23 @@ def call(*words: str, env: Mapping[str, str] | None = None, seconds: float = 60.
     if done.returncode == 0:
         return done.stdout
     said = " ".join((done.stderr or done.stdout).split()) or f"exit status {done.returncode}"
-    raise SlurmError(words[0], said, bool(_AWAY.search(said)))
+    away = bool(_AWAY.search(said))
+    if not away and _UNKNOWN.search(said):
+        raise UserError(
+            f"Slurm is not configured here: {words[0]} finds no slurm.conf and no controller; "
+            "run this on a machine that submits to the cluster, or set SLURM_CONF"
+        )
+    raise SlurmError(words[0], said, away)
+
+
+def tell_waiting(seconds: float) -> None:
+    """Says that the controller is being waited for."""
+    if seconds > 0:
+        print(
+            f"Slurm does not answer; waiting up to {seconds:.0f} s (submit.patience)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def patiently(*words: str, patience: float = 600.0) -> str:
@@ -140,13 +161,16 @@ def patiently(*words: str, patience: float = 600.0) -> str:
     Raises:
         UserError: It fails otherwise, or the controller stays away.
     """
-    give_up = time.monotonic() + patience
+    give_up, told = time.monotonic() + patience, False
     while True:
         try:
             return call(*words)
         except SlurmError as error:
             if not error.away or time.monotonic() > give_up:
                 raise UserError(f"{error}; try again when Slurm answers") from None
+        if not told:
+            tell_waiting(patience)
+            told = True
         time.sleep(2.0)
 
 
@@ -296,6 +320,8 @@ def submit(script: Path, name: str, exported: Sequence[str], patience: float = 6
                 raise Refused(name, error.said) from None
             if time.monotonic() > give_up:
                 raise UserError(f"{name}: {error}; submit again when Slurm answers") from None
+        if not doubtful:
+            tell_waiting(patience)
         doubtful = True
         time.sleep(pause)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import getpass
+import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,21 +74,23 @@ def submit(
             run directory cannot be used as it is.
     """
     run = chain.run
+    new = not run.path.exists()
     run.create()
     with run.lock():
-        if prepare is not None:
-            prepare()
-        if not remake:
-            gates.refuse_changes(chain)
-        if all(gates.standing(chain).values()):
-            return 0
-        profile = pinned(chain, profile, other_image)
-        run.unmark(STOPPED, CANCELLED, "slurm/finished")
-        profile = keep_profile(run, profile)
-        make_id(run)
-        run.add_provenance(chain.packages, chain.image)
-        if slurm.available():
-            admit(_missing(chain, profile), profile)
+        with _removed_on_error(run) if new else nullcontext():
+            if prepare is not None:
+                prepare()
+            if not remake:
+                gates.refuse_changes(chain)
+            if all(gates.standing(chain).values()):
+                return 0
+            profile = pinned(chain, profile, other_image)
+            run.unmark(STOPPED, CANCELLED, "slurm/finished")
+            profile = keep_profile(run, profile)
+            make_id(run)
+            run.add_provenance(chain.packages, chain.image)
+            if slurm.available():
+                admit(_missing(chain, profile), profile)
         count = 0
         for _ in range(_ROUNDS):
             submission = _Submission(chain, profile, say)
@@ -106,6 +110,20 @@ def submit(
                     raise refused
                 return count
         raise UserError(f"{run.path}: Slurm keeps losing jobs it has taken; ask its admins")
+
+
+@contextmanager
+def _removed_on_error(run: RunDir) -> Iterator[None]:
+    """Removes a run that was made for what has failed, an interrupt included.
+
+    Unless another submission was here between, whose jobs work in it.
+    """
+    try:
+        yield
+    except BaseException:
+        if not run.jobs.exists():
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def pinned(chain: Chain, profile: Profile, other_image: bool = False) -> Profile:
@@ -131,7 +149,9 @@ def keep_profile(run: RunDir, profile: Profile) -> Profile:
     profile = fitted(profile)
     if slurm.available():
         # Nodes are only avoided where many are left.
-        nodes = set(slurm.patiently("sinfo", "--noheader", "--format=%n").split())
+        patience = profile.submit.patience
+        said = slurm.patiently("sinfo", "--noheader", "--format=%n", patience=patience)
+        nodes = set(said.split())
         write_json(run.path / "slurm" / "site.json", {"nodes": len(nodes)})
     write_atomic(profile_path(run), dump(profile))
     return profile
@@ -154,7 +174,8 @@ def fitted(profile: Profile) -> Profile:
     profile = copy.deepcopy(profile)
     if slurm.available():
         # The largest index is one less than this.
-        largest = int(slurm.config().get("MaxArraySize", "1001"))
+        config = slurm.config(profile.submit.patience)
+        largest = int(config.get("MaxArraySize", "1001"))
         for asked in (profile.cpu, profile.gpu, profile.training, *profile.stages.values()):
             asked.workers = min(asked.workers, max(largest, 1))
     return profile

@@ -56,6 +56,11 @@ def build(run: RunDir | Path) -> Chain:
         UserError: There is no such file, or it is damaged.
     """
     run = run if isinstance(run, RunDir) else RunDir(run)
+    path = run.chain_file
+    if path.is_file() and not path.read_bytes().strip():  # a disk that was full leaves such
+        raise UserError(
+            f"{path} is empty; give the same `run` or `submit` command again, which writes it anew"
+        )
     return assemble(load(ChainConfig, run.chain_file), run)
 
 

@@ -14,6 +14,7 @@ from insightv.cli.runs import (
     Overrides,
     RemakeOption,
     RunOption,
+    need_packages,
     save,
 )
 
@@ -43,6 +44,7 @@ def submit(
     profile = read_profile(cluster)
     config = read(chain, overrides or ())
     assembled = assemble(config, RunDir(run_dir or Path("runs") / chain.stem))
+    need_packages(assembled, config, profile)
     prepare = lambda: save(assembled, config, remake, held=True)  # noqa: E731
     send(assembled, profile, remake, prepare, other_image)
 

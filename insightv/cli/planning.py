@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from insightv.config import ChainConfig
 
 
+_UNHELD = "no Slurm answers here: the chain was not held against a cluster"
+
+
 def plan(
     chain: ChainArgument,
     overrides: Overrides = None,
@@ -28,12 +32,15 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(metavar="D", help="Write the scripts to this folder.")
     ] = None,
+    scripts: Annotated[
+        bool, typer.Option("--scripts", help="Show each job's exact sbatch text as well.")
+    ] = False,
     prepare: Annotated[
         bool,
         typer.Option("--prepare", help="Only make the run directory that such scripts work in."),
     ] = False,
 ) -> None:
-    """Show every job, what it waits for, its exact sbatch text and what it will make."""
+    """Show every job, what it waits for, what it may cost and what it will make."""
     from hpc import slurm
     from hpc.admission import admit
     from hpc.cluster import read_profile
@@ -61,14 +68,33 @@ def plan(
     if not planned:
         print(f"{assembled.run.path}: complete, nothing to do")
         return
-    for item in planned:
-        print(f"==> {item.name} <==", item.text, sep="\n")
     _show(planned, profile)
+    for note in _idle(assembled, planned):
+        print(note)
     console().print(table(forecast_of(config, assembled, profile)))
-    if there:
-        print(admit(planned, profile))
-    else:
-        print("no Slurm answers here: the chain was not held against a cluster")
+    sys.stdout.flush()  # before what Slurm may refuse
+    try:
+        print(admit(planned, profile) if there else _UNHELD)
+    finally:  # what Slurm refuses is what one wants to read
+        for item in planned if scripts else ():
+            print(f"==> {item.name} <==", item.text, sep="\n")
+
+
+def _idle(chain: Chain, planned: Sequence[Planned]) -> Iterator[str]:
+    """Names the jobs that ask for more GPUs than their one process computes on."""
+    wide: dict[int, list[str]] = {}
+    for item in planned:
+        stage = chain.stages.get(item.job.stage)
+        if stage is None or stage.distributed or item.job.role != "work":
+            continue
+        if item.resources.gpus > 1:
+            wide.setdefault(item.resources.gpus, []).append(stage.name)
+    for gpus, names in wide.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        yield (
+            f"note: {shown}: {gpus} GPUs for each process, which computes on one; "
+            "write `gpus: 1` in the profile"
+        )
 
 
 def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:

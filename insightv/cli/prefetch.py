@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hpc.errors import UserError
 from insightv.cli.cluster import ChainArgument, Overrides
+
+if TYPE_CHECKING:
+    from insightv.config import ChainConfig
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -37,6 +41,7 @@ def prefetch(
             print(f"model  {path}: {folders[path]}, digest {_digest(role, folders[path])}")
         if _is_hub(path):
             named.append(f"models.{role}.path={folders[path]}")
+    need_packages(config)
     for name, what in _sets(config.questions):
         print(f"set    {name}: {what}")
     print("jobs find all of this offline" + (", told so: " + " ".join(named) if named else ""))
@@ -84,18 +89,42 @@ def _digest(role: str, folder: Path) -> str:
         raise UserError(f"models.{role}.path: {error}") from None
 
 
-def _sets(questions: object) -> list[tuple[str, str]]:
-    """The sets that are asked, with what they are drawn from; reading them proves it is there."""
+def need_packages(config: ChainConfig) -> None:
+    """Looks whether what the question sets are read from can be imported; imports nothing.
+
+    Raises:
+        UserError: A package is missing.
+    """
+    from insightv.demo.tables import INSTALL, PACKAGES
+
+    needed: dict[str, str] = {}
+    for name in _asked(config.questions):
+        for package in ("easy_vqa",) if name == "shapes" else PACKAGES:
+            needed.setdefault(package, name)
+    absent = {package: name for package, name in needed.items() if not find_spec(package)}
+    if absent:
+        name = next(iter(absent.values()))
+        raise UserError(f"questions.{name} needs the package {', '.join(absent)}: {INSTALL}")
+
+
+def _asked(questions: object) -> dict[str, int]:
+    """How many questions each set is asked for, splits together; without those of none."""
     from insightv.config import SETS
     from insightv.demo.sets import SPLITS
+
+    asked = {
+        name: sum(getattr(getattr(questions, name), split) for split in SPLITS) for name in SETS
+    }
+    return {name: count for name, count in asked.items() if count}
+
+
+def _sets(questions: object) -> list[tuple[str, str]]:
+    """The sets that are asked, with what they are drawn from; reading them proves it is there."""
     from insightv.demo.shapes import easy_vqa_rows
     from insightv.demo.tables import tables
 
     found = []
-    for name in SETS:
-        asked = sum(getattr(getattr(questions, name), split) for split in SPLITS)
-        if not asked:
-            continue
+    for name, asked in _asked(questions).items():
         if name == "shapes":
             pictures = {path for split in ("train", "test") for _, _, path in easy_vqa_rows(split)}
             absent = [path for path in pictures if not path.is_file()]

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpc.errors import UserError
-from insightv.cli.runs import ChainArgument, Overrides, RunOption, console, make, save
+from insightv.cli.runs import (
+    ChainArgument,
+    Overrides,
+    RunOption,
+    console,
+    make,
+    need_packages,
+    save,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,6 +86,7 @@ def _there(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     from hpc.status import status
     from hpc.submission import job_counts, submit
 
+    need_packages(chain, config, profile)
     submit(chain, profile, remake=True, prepare=lambda: save(chain, config, True, held=True))
     print(f"{chain.run.path}: waiting; Ctrl-C leaves it running, the same command comes back to it")
     seen = 0

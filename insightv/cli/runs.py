@@ -17,6 +17,7 @@ from hpc.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hpc.cluster import Profile
     from hpc.rundir import Chain
     from insightv.config import ChainConfig
 
@@ -138,6 +139,7 @@ def make(
     if all(standing.values()):
         print(f"{chain.run.path}: complete, nothing to do")
     else:
+        need_packages(chain, config)
         chain.run.create()
         _refuse_queued(chain)
         save(chain, config, remake)
@@ -153,6 +155,25 @@ def make(
             executor = LocalExecutor(preload=() if chain.image else PRELOAD)
             slots = config.local.slots or None
             drive(chain, executor, bars, slots, remake=remake, other_image=other_image)
+
+
+def need_packages(chain: Chain, config: ChainConfig, profile: Profile | None = None) -> None:
+    """Refuses, before any work, a chain whose questions cannot be made for want of a package.
+
+    What an image or a program of the profile's own holds is not to be seen from here.
+
+    Raises:
+        UserError: A package is missing that a stage yet to be made reads its questions from.
+    """
+    from hpc import gates
+    from insightv.cli.prefetch import need_packages as look
+
+    elsewhere = profile is not None and (profile.container.image or profile.program)
+    if chain.image or elsewhere:
+        return
+    standing = gates.standing(chain)
+    if not all(made for name, made in standing.items() if name.startswith("questions-")):
+        look(config)
 
 
 def _take_over(chain: Chain, donors: Sequence[Path]) -> None:
@@ -423,6 +444,20 @@ def preflight(run_dir: Path, stages: Annotated[list[str] | None, typer.Argument(
     return payload(opened(run_dir), ["preflight", *(stages or ())])
 
 
+def gpus() -> int:
+    """Whether torch computes on GPUs here: 0 and what it sees, or 1 and what it is."""
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    build = f"ROCm {torch.version.hip}" if torch.version.hip else build
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} ({build}) sees no GPU")
+        return 1
+    count = torch.cuda.device_count()
+    print(f"torch {torch.__version__} ({build}) sees {count}, {torch.cuda.get_device_name(0)}")
+    return 0
+
+
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
     commands: tuple[tuple[str, Any], ...] = (
@@ -438,3 +473,4 @@ def add_to(app: typer.Typer) -> None:
     app.command("work", hidden=True)(work)
     app.command("gate", hidden=True)(gate)
     app.command("preflight", hidden=True)(preflight)
+    app.command("gpus", hidden=True)(gpus)

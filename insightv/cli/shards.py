@@ -24,10 +24,21 @@ def _shards(path: Path) -> list[Path]:
 
     if not (path / "stages").is_dir():
         return shard_paths(path)
-    stages = sorted(folder.parent for folder in path.glob("stages/*/shards"))
-    return [
-        shard for stage in stages if any(stage.glob("shards/0*")) for shard in shard_paths(stage)
-    ]
+    return [shard for shards in _of_run(path).values() for shard in shards]
+
+
+def _of_run(run: Path) -> dict[Path, list[Path]]:
+    """Each stage's shards; of a stage that is not finished those that are complete, maybe none."""
+    from hpc.shards import list_folder, shard_path, shard_paths
+
+    found = {}
+    for folder in sorted(run.glob("stages/*/shards")):
+        if not (folder.parent / "manifest.json").exists():
+            complete = sorted(list_folder(folder).complete)
+            found[folder.parent] = [shard_path(folder, index) for index in complete]
+        elif any(folder.glob("0*")):  # else `clean` has deleted them
+            found[folder.parent] = shard_paths(folder)
+    return found
 
 
 @app.command()
@@ -53,6 +64,8 @@ def verify(path: PathArgument) -> int:
         f"{total['shards']:,} shards whole: {total['rows']:,} rows, {total['errors']:,} errors, "
         f"{total['bytes'] / 2**20:.2f} MiB"
     )
+    if skipped := sum(not shards for shards in _of_run(path).values()):
+        print(f"{skipped} stages skipped: not finished, no complete shard yet")
     return 0
 
 

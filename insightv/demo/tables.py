@@ -24,6 +24,11 @@ from insightv.demo.sources import READERS
 LARGEST = 40
 """Values are whole numbers from 1 to this."""
 
+PACKAGES = ("pandas", "plotly", "sklearn", "statsmodels", "vega_datasets")
+"""What the tables are read from, by the names they are imported by."""
+
+INSTALL = "pip install -c constraints.txt '.[demo]', in the clone"
+
 _SALT = "insightv-hpc charts 1"
 _SHARES = (("train", 0.45), ("validation", 0.60), ("test", 1.0))  # cumulative: 45, 15, 40 %
 
@@ -70,9 +75,7 @@ def tables() -> tuple[Table, ...]:
     try:
         made = [table for reader in READERS for table in _read(reader)]
     except ImportError as error:
-        raise UserError(
-            f'the demo\'s tables need the package {error.name!r}: pip install "insightv-hpc[demo]"'
-        ) from None
+        raise UserError(f"the demo's tables need the package {error.name!r}: {INSTALL}") from None
     return tuple(made)
 
 

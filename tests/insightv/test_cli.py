@@ -337,3 +337,75 @@ def test_interrupt_leaves_cleanly_and_the_same_command_goes_on(tmp_path):
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker["process"], 0)
+
+
+def test_an_empty_chain_file_asks_for_the_same_command(insightv, run):
+    (run / "chain.yaml").write_text("")
+    for command in ("status", "retry"):
+        refused(insightv(command, run), "chain.yaml is empty; give the same `run` or `submit`")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"hash": "x"}'])
+def test_a_manifest_that_is_none_is_named(text, insightv, run):
+    path = run / "stages" / "questions-train" / "manifest.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    refused(insightv("status", run), str(path), "delete it")
+
+
+def test_shards_of_a_run_at_work_are_verified(insightv, run):
+    stages = run / "stages"
+    write_groups(stages / "questions-train" / "shards", [("k", [{"text": "t"}])])
+    (stages / "set-summary" / "shards").mkdir(parents=True)
+    (stages / "set-summary" / "shards" / "00000.0.part").write_bytes(b"half")
+    status, out, _ = insightv("shards", "verify", run)
+    assert status == 0 and out.startswith("1 shards whole: 1 rows")
+    assert out.endswith("1 stages skipped: not finished, no complete shard yet\n")
+
+
+TESTBED = CONFIGS.parent / "cluster" / "testbed.yaml"
+
+
+@pytest.fixture
+def no_cluster(tmp_path, monkeypatch):
+    """Slurm's commands, installed and told of no cluster."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "scontrol", "squeue", "sinfo", "sacctmgr"):
+        said = "fatal: Could not establish a configuration source"
+        (folder / name).write_text(f"#!/bin/bash\necho '{said}' >&2; exit 1\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+
+
+def test_submitting_to_no_cluster_leaves_nothing(insightv, no_cluster, tmp_path):
+    words = ["submit", SMOKE, "--cluster", TESTBED, "--run-dir"]
+    refused(insightv(*words, tmp_path / "new"), "Slurm is not configured here")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "notes").write_text("mine")
+    refused(insightv(*words, tmp_path / "old"), "Slurm is not configured here")
+    assert (tmp_path / "old" / "notes").exists()
+
+
+def test_a_plan_begins_with_its_table(insightv, no_cluster, tmp_path):
+    profile = tmp_path / "wide.yaml"
+    profile.write_text("training: {gpus: 4, nodes: 2}\n")
+    words = ["plan", SMOKE, "--cluster", profile, "--run-dir", tmp_path / "run"]
+    status, out, _ = insightv(*words)
+    lines = out.splitlines()
+    assert status == 0 and lines[0].strip() == "jobs" and "#SBATCH" not in out
+    assert lines[-1] == "no Slurm answers here: the chain was not held against a cluster"
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert len(notes) == 1 and "sft-" in notes[0] and "4 GPUs for each process" in notes[0]
+    whole = insightv(*words, "--scripts")[1]
+    assert whole.startswith(out) and "#SBATCH" in whole
+
+
+def test_torch_says_which_gpus_it_sees(insightv, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, _ = insightv("gpus")
+    assert status == 1 and out.endswith(") sees no GPU\n")

@@ -40,3 +40,20 @@ def test_a_hub_that_does_not_answer_is_one_line(prefetch, tmp_path, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     status, _, err = prefetch("models.base.path=some/model", "--to", tmp_path)
     assert status == 2 and "some/model" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "submit", "prefetch"])
+def test_missing_packages_are_named_before_any_work(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "insightv.cli.prefetch.find_spec", lambda name: None if name == "plotly" else True
+    )
+    profile = Path(SMOKE).parents[1] / "cluster" / "testbed.yaml"
+    words = [command, SMOKE, *(["--cluster", str(profile)] if command == "submit" else [])]
+    words += [] if command == "prefetch" else ["--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["insightv", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1
+    assert "needs the package plotly: pip install -c constraints.txt '.[demo]'" in err
+    assert not list(tmp_path.iterdir())

@@ -132,7 +132,7 @@ def test_small_counts_stay_counts():
 
 def test_a_missing_package_is_a_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "vega_datasets", None)
-    with pytest.raises(UserError, match=r'pip install "insightv-hpc\[demo\]"'):
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt '\.\[demo\]'"):
         module.tables.__wrapped__()
 
 

@@ -87,4 +87,8 @@ if [ -n "$image" ]; then
 fi
 if said=$(timeout 180 "${program[@]}" --version 2>&1); then tell program "$(tail -n 1 <<<"$said")"
 else tell broken "status $?: $(tail -n 1 <<<"$said")"; fi
+if [ "$gpus" -gt 0 ]; then  # the driver may see what the payload's torch does not
+  said=$(timeout 300 "${program[@]}" gpus 2>&1)
+  tell torch "$? $(tail -n 1 <<<"$said")"
+fi
 tell done yes
