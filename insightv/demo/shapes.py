@@ -13,6 +13,7 @@ from PIL import Image
 
 from hpc.errors import UserError
 from insightv.demo.charts import SIZE
+from insightv.demo.tables import INSTALL
 
 COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
 FORMS = ("circle", "rectangle", "triangle")
@@ -27,7 +28,7 @@ def easy_vqa_rows(split: Literal["train", "test"]) -> list[tuple[str, str, Path]
     try:
         import easy_vqa
     except ImportError:
-        raise UserError('easy-vqa is missing: pip install "insightv-hpc[demo]"') from None
+        raise UserError(f"the coloured shapes need the package easy-vqa: {INSTALL}") from None
     if split == "train":
         texts, answers, ids = easy_vqa.get_train_questions()
         paths = easy_vqa.get_train_image_paths()
