@@ -59,7 +59,8 @@ class Container:
     Attributes:
         image: The SIF. Empty: payloads run as they are.
         sha256: The digest it must have. Empty: the one it has when the run is first submitted.
-        program: The payload's command inside.
+        program: The payload's command inside. Empty: the last word of the chain's own, which is
+            what its command line is called where it is installed.
         binds: Folders seen inside beside the run directory and the models of the chain, as
             ``SOURCE[:INSIDE[:ro]]``.
         local: Copy the image to node-local scratch first: saves a file server from hundreds
@@ -72,7 +73,7 @@ class Container:
 
     image: str = ""
     sha256: str = ""
-    program: list[str] = field(default_factory=lambda: ["insightv"])
+    program: list[str] = field(default_factory=list)
     binds: list[str] = field(default_factory=list)
     local: bool = False
     passed: list[str] = field(default_factory=lambda: list(PASSED))
@@ -93,8 +94,8 @@ class Container:
             )
         if self.sha256 and not _SHA256.fullmatch(self.sha256):
             raise UserError("container.sha256: give 64 digits as sha256sum prints them")
-        if not self.program or not self.runtime:
-            raise UserError("container.program and container.runtime: give a command")
+        if not self.runtime:
+            raise UserError("container.runtime: give a command")
         for bind in self.binds:
             parts = bind.split(":")
             if len(parts) > 3 or "," in bind or not all(p.startswith("/") for p in parts[:2]):

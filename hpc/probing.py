@@ -92,7 +92,8 @@ def _text(one: _Probe, profile: Profile, command: Sequence[str], name: str) -> s
     program, image = list(profile.program or command), profile.container
     if image.image:
         asked = kind.resources.gpus
-        program = container.command(image, one.folder, image.program, asked, "probe")
+        words = image.program or list(command[-1:])
+        program = container.command(image, one.folder, words, asked, "probe")
     options = {
         "job-name": name,
         "partition": kind.partition,

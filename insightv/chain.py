@@ -91,8 +91,9 @@ class _Stages:
         entries = self.config.evaluation.entries
         for name in entries:
             if name not in ENTRIES:
-                near = difflib.get_close_matches(name, ENTRIES, 1, 0.0)[0]
-                raise UserError(f"evaluation.entries: no entry {name!r}; did you mean {near}?")
+                near = difflib.get_close_matches(name, ENTRIES, 1)
+                told = f"did you mean {near[0]}?" if near else f"use {', '.join(ENTRIES)}"
+                raise UserError(f"evaluation.entries: no entry {name!r}; {told}")
         self._questions("train")
         self._paths("r0", self.generator, self.config.generation, 0)
         for name in entries:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,11 @@ EMBEDDED = "tiny"
 NONE = "none"
 """Names no model."""
 
+MOST_ROUNDS = 100
+"""Each round has six stages of its own; the paper has 3 rounds."""
+
 _BLOCK, _BLOCKS = 1 << 16, 64
+_TEXT = re.compile(r"(models\.\w+\.(?:path|prompts))=\s*\Z")
 
 
 @dataclass
@@ -132,7 +138,8 @@ class RoundsConfig:
     """Iterative DPO of the reasoning agent.
 
     Attributes:
-        count: Rounds; each samples fresh paths from the model of the round before. Paper: 3.
+        count: Rounds; each samples fresh paths from the model of the round before. Paper: 3;
+            here at most 100.
         generation: How the agent's paths are sampled: all steps in one call.
         answer_from: Who draws a path's answer from its steps. ``extractor``: the base, which
             only says what follows from them, so that a verdict speaks of the steps; ``path``: the
@@ -170,8 +177,10 @@ class RoundsConfig:
             raise UserError(
                 f"rounds.answer_from is {self.answer_from!r}: use path, extractor or summary"
             )
-        if self.count < 0 or self.single_paths < 0:
-            raise UserError("rounds.count and rounds.single_paths: give 0 or more")
+        if not 0 <= self.count <= MOST_ROUNDS:
+            raise UserError(f"rounds.count is {self.count}: give 0 to {MOST_ROUNDS}")
+        if self.single_paths < 0:
+            raise UserError(f"rounds.single_paths is {self.single_paths}: give 0 or more")
 
 
 @dataclass
@@ -269,17 +278,49 @@ def read(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
     Raises:
         UserError: An unknown key, an impossible value, a folder that is no model.
     """
-    config = load(ChainConfig, path, overrides)
-    for section in _sections(config):
-        section.validate()
+    config = checked(path, overrides)
+    resolve(config)
+    return config
+
+
+def checked(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
+    """Reads a chain file and checks its values; models and prompts are not looked at.
+
+    Raises:
+        UserError: An unknown key, or an impossible value.
+    """
+    # An empty value is none in YAML; for what names a model, empty means something.
+    config = load(ChainConfig, path, [_TEXT.sub(r"\1=''", o) for o in overrides])
+    for key, value in leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}: give a finite number")
+    _validate(config)
     if not 0 <= config.error_limit <= 1:
         raise UserError(f"error_limit is {config.error_limit}: give a share from 0 to 1")
+    return config
+
+
+def resolve(config: ChainConfig) -> None:
+    """Resolves what depends on this machine: folders, prompts, and what models hold.
+
+    Raises:
+        UserError: A folder that is no model, or a set of prompts that is none.
+    """
     base = config.models.base
     if base.path in ("", NONE):
         raise UserError("models.base.path: give a model folder, or tiny")
     for role in ("base", "generator", "judge", "scorer"):
         _resolve(role, getattr(config.models, role), base)
-    return config
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a configuration with its key; also those in free dictionaries."""
+    inner = dataclasses.is_dataclass(config)
+    for name, value in (vars(config) if inner else config).items():
+        if dataclasses.is_dataclass(value) or (isinstance(value, dict) and value):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def model_folder(path: str) -> Path:
@@ -298,14 +339,15 @@ def folders(config: ChainConfig) -> list[Path]:
     return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
 
 
-def _sections(config: ChainConfig) -> Iterator[Any]:
-    """Every section that can check itself."""
-    training, rounds = config.training, config.rounds
-    for owner in (config, training, rounds):
-        for entry in dataclasses.fields(owner):
-            section = getattr(owner, entry.name)
+def _validate(config: ChainConfig) -> None:
+    """Lets every section check itself; those of several places are told where they stand."""
+    for section in vars(config).values():
+        if hasattr(section, "validate"):
+            section.validate()
+    for owner in ("training", "rounds"):
+        for name, section in vars(getattr(config, owner)).items():
             if hasattr(section, "validate"):
-                yield section
+                section.validate(f"{owner}.{name}")
 
 
 def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:

@@ -3,6 +3,8 @@
 ``default`` is written for instruction-following models, ``tiny`` for the embedded one.
 A field is written ``{name}``; every other brace is literal. A set's version is its name
 with a digest of its files, so a changed word is a changed stage.
+
+A role's file must hold the role's required fields and may hold its other ones.
 """
 
 from __future__ import annotations
@@ -15,8 +17,19 @@ from pathlib import Path
 from hpc.errors import UserError
 
 FOLDER = Path(__file__).parent / "prompts"
-ROLES = ("direct", "reasoning", "final", "summary", "plain_summary", "score", "judge", "table")
+ROLES = {
+    "direct": (("question",), ()),
+    "reasoning": (("question",), ()),
+    "final": ((), ("question",)),
+    "summary": (("question", "reasoning"), ()),
+    "plain_summary": (("question",), ()),
+    "score": (("question", "paths"), ("count",)),
+    "judge": (("truth", "answer"), ("question",)),
+    "table": ((), ()),
+}
+"""Each role's required fields, and the others it may use."""
 _FIELD = re.compile(r"\{(question|reasoning|paths|truth|answer|count)\}")
+_MEANT = re.compile(r"\{([a-z_]{2,})\}")
 
 
 class Prompts:
@@ -42,7 +55,7 @@ def load_prompts(name: str) -> Prompts:
     """Reads a set by name (shipped) or path (a folder of one's own).
 
     Raises:
-        UserError: No such set, or one of its files is missing.
+        UserError: No such set, a file of it is missing, or has other fields than its role's.
     """
     folder = FOLDER / name if (FOLDER / name).is_dir() else Path(name)
     if not folder.is_dir():
@@ -51,5 +64,27 @@ def load_prompts(name: str) -> Prompts:
     missing = [role for role in ROLES if not (folder / f"{role}.txt").is_file()]
     if missing:
         raise UserError(f"prompt set {folder} has no {missing[0]}.txt")
-    texts = {role: (folder / f"{role}.txt").read_text().rstrip("\n") for role in ROLES}
-    return Prompts(texts, folder.name)
+    return Prompts({role: _text(folder / f"{role}.txt", role) for role in ROLES}, folder.name)
+
+
+def _text(path: Path, role: str) -> str:
+    """A role's prompt.
+
+    Raises:
+        UserError: It is empty or no UTF-8, lacks a field, or names one its role does not have.
+    """
+    try:
+        text = path.read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"prompt {path} is not UTF-8 text; save it as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"prompt {path} is empty; write what the model is to be told")
+    required, optional = ROLES[role]
+    known = (*required, *optional)
+    found = _MEANT.findall(text)
+    allowed = "it may use " + ", ".join(f"{{{name}}}" for name in known) if known else "it has none"
+    if missing := [name for name in required if name not in found]:
+        raise UserError(f"prompt {path} lacks the field {{{missing[0]}}}; {allowed}")
+    if wrong := [name for name in found if name not in known]:
+        raise UserError(f"prompt {path} names the field {{{wrong[0]}}}; {allowed}")
+    return text

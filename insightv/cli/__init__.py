@@ -73,6 +73,8 @@ def _status() -> int:
         return _say(str(error))
     except _UsageProblem as error:
         message = error.format_message()
+        if key := _key_for(error):
+            message = f"No such option: {error.option_name}; did you mean {key}?"
         # Without a message it was a group without a command, whose help has been shown.
         return _say(f"{message} (insightv --help lists commands)") if message else 2
     except typer.Abort:
@@ -90,6 +92,25 @@ def _status() -> int:
     if status == _INTERRUPTED:  # typer turns Ctrl-C into this status
         print("insightv: interrupted; the same command goes on from here", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def _key_for(error: Any) -> str:
+    """The ``key=value`` that an unknown option was meant for; empty where it is no key."""
+    option = getattr(error, "option_name", "")
+    command = error.ctx.command if error.ctx else None
+    if not option or not command or "overrides" not in {item.name for item in command.params}:
+        return ""
+    from insightv.config import ChainConfig, leaves
+    from insightv.training.config import DPOConfig, SFTConfig
+
+    kind = {"sft": SFTConfig, "dpo": DPOConfig}.get(command.name, ChainConfig)
+    key = option.lstrip("-").replace("-", "_")
+    if key not in dict(leaves(kind())):
+        return ""
+    words = dict(zip(sys.argv, [*sys.argv[1:], ""], strict=True))
+    behind = [word.partition("=")[2] for word in sys.argv if word.startswith(f"{option}=")]
+    value = behind[0] if behind else words.get(option, "")
+    return f"{key}={value if value and value[0] != '-' else '…'}"
 
 
 def _forget_output() -> None:

@@ -64,6 +64,8 @@ def ask(
     from insightv.pictures import Pictures, PictureWriter, decode
     from insightv.records import Question
 
+    if not question.strip():
+        raise UserError("QUESTION is empty; ask something about the picture")
     chain = opened(directory)
     reasoning, summary = _agents(chain.run)
     try:

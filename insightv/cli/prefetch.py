@@ -26,22 +26,26 @@ def prefetch(
     to: Annotated[Path, typer.Option(help="Where models from the hub go.")] = Path("models"),
 ) -> None:
     """Fetch and check a chain's models and sets; jobs then run with HF_HUB_OFFLINE=1."""
-    from hpc.config import load
-    from insightv.config import NONE, ChainConfig
+    from insightv.config import NONE, checked, resolve
+    from insightv.models import digest_of
 
-    config = load(ChainConfig, chain, overrides or ())
+    config = checked(chain, overrides or ())
     folders: dict[str, Path] = {}
     named: list[str] = []
     for role in ("base", "generator", "judge", "scorer"):
-        path = getattr(config.models, role).path
-        if path in ("", NONE):
+        model = getattr(config.models, role)
+        if model.path in ("", NONE):
             continue
+        path = model.path
         if path not in folders:
             folders[path] = _model(role, path, to)
-            print(f"model  {path}: {folders[path]}, digest {_digest(role, folders[path])}")
         if _is_hub(path):
+            model.path = str(folders[path])
             named.append(f"models.{role}.path={folders[path]}")
     need_packages(config)
+    resolve(config)
+    for path, folder in folders.items():
+        print(f"model  {path}: {folder}, digest {digest_of(folder)}")
     for name, what in _sets(config.questions):
         print(f"set    {name}: {what}")
     print("jobs find all of this offline" + (", told so: " + " ".join(named) if named else ""))
@@ -60,7 +64,7 @@ def _model(role: str, path: str, to: Path) -> Path:
     from insightv.config import model_folder
 
     if not _is_hub(path):
-        return model_folder(path).absolute()
+        return model_folder(path).expanduser().absolute()
     from huggingface_hub import constants, snapshot_download
 
     folder = (to / path.replace("/", "--")).absolute()
@@ -78,15 +82,6 @@ def _model(role: str, path: str, to: Path) -> Path:
             f"({type(error).__name__}: {said}); mend the name, or try a node with internet"
         ) from None
     return folder
-
-
-def _digest(role: str, folder: Path) -> str:
-    from insightv.models import digest_of
-
-    try:
-        return digest_of(folder)
-    except UserError as error:
-        raise UserError(f"models.{role}.path: {error}") from None
 
 
 def need_packages(config: ChainConfig) -> None:

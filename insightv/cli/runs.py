@@ -105,7 +105,7 @@ def _contain(chain: Chain, path: Path | None) -> None:
     asked.validate()
     found = pin(asked).seeing(chain.reads)
     chain.image = {"path": found.image, "sha256": found.sha256}
-    chain.command = command(found, chain.run.path, found.program)
+    chain.command = command(found, chain.run.path, found.program or chain.command[-1:])
 
 
 def _drive(
@@ -224,13 +224,32 @@ def save(chain: Chain, config: ChainConfig, remake: bool, held: bool = False) ->
         raise UserError(f"{chain.run.path}: another process runs this chain; wait for it")
     if not remake:
         lasting = [stage for name, stage in chain.stages.items() if name not in SUMMARIES]
-        gates.refuse_changes(Chain(lasting, chain.run, chain.command))
+        try:
+            gates.refuse_changes(Chain(lasting, chain.run, chain.command))
+        except UserError as error:
+            raise UserError(
+                f"{error}{_asked(path, config)}; `insightv run … --run-dir NEW "
+                f"--reuse {chain.run.path}` takes over what stays equal"
+            ) from None
     for name in SUMMARIES:
         # They only tell what the other stages made, and follow any change.
         manifest = chain.run.read_manifest(name)
         if manifest is not None and manifest["hash"] != chain.identity(name):
             chain.run.remove(name, chain.stages[name].outputs)
     write_atomic(path, text)
+
+
+def _asked(path: Path, config: ChainConfig) -> str:
+    """Which keys were changed: a stage may know them under other names."""
+    from hpc.config import load, shaping
+    from hpc.gates import differences
+
+    try:
+        before = shaping(load(type(config), path))
+    except UserError:
+        return ""  # another version's, which the stage's own words must do for
+    changed = differences(before, shaping(config))
+    return f"; changed: {', '.join(changed[:5])}" if changed else ""
 
 
 def _show_results(chain: Chain) -> None:

@@ -56,22 +56,22 @@ class PairConfig:
     max_length_ratio: float = 1.5
     max_pairs: int | None = 15_000
 
-    def validate(self) -> None:
-        """Checks the values.
+    def validate(self, name: str = "pairs") -> None:
+        """Checks the values; ``name`` is the section's, for the message.
 
         Raises:
             UserError: One of them is not possible.
         """
-        check_scale("pairs.scale", self.scale)
-        check_range("pairs.winner_from", self.winner_from, 0, 100)
-        check_range("pairs.min_gap", self.min_gap, 1, 99)
-        check_range("pairs.max_length_ratio", self.max_length_ratio, 1, 1e6)
+        check_scale(f"{name}.scale", self.scale)
+        check_range(f"{name}.winner_from", self.winner_from, 0, 100)
+        check_range(f"{name}.min_gap", self.min_gap, 1, 99)
+        check_range(f"{name}.max_length_ratio", self.max_length_ratio, 1, 1e6)
         if self.per_question < 1 or self.per_path < 1:
-            raise UserError("pairs.per_question and pairs.per_path: use 1 or more")
+            raise UserError(f"{name}.per_question and {name}.per_path: use 1 or more")
         if not (self.wrong_losers or self.score_losers):
-            raise UserError("pairs.wrong_losers and pairs.score_losers are both off: no pairs")
+            raise UserError(f"{name}.wrong_losers and {name}.score_losers are both off: no pairs")
         if self.max_pairs is not None and self.max_pairs < 0:
-            raise UserError(f"pairs.max_pairs is {self.max_pairs}: use 0 or more, or null for all")
+            raise UserError(f"{name}.max_pairs is {self.max_pairs}: use 0 or more, or null for all")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from hpc.config import unhashed
@@ -51,6 +52,8 @@ class SamplingConfig:
 
 
 KINDS = ("transformers",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 @dataclass
@@ -90,10 +93,14 @@ class EngineConfig:
         """Checks what types cannot.
 
         Raises:
-            UserError: An unknown kind, or a number out of range.
+            UserError: An unknown kind, device or type, or a number out of range.
         """
         if self.kind not in KINDS:
             raise UserError(f"engine.kind is {self.kind!r}: use {', '.join(KINDS)}")
+        if not _DEVICE.fullmatch(self.device):
+            raise UserError(f"engine.device is {self.device!r}: use auto, cpu, cuda or cuda:N")
+        if self.dtype not in DTYPES:
+            raise UserError(f"engine.dtype is {self.dtype!r}: use {', '.join(DTYPES)}")
         for name in ("batch_size", "batch_tokens", "encoders"):
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name} is {getattr(self, name)}: it must be at least 1")

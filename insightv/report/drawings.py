@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -35,6 +36,9 @@ _NAMES = {
     "grounding": "Score, grounding",
     "completeness": "Score, completeness",
 }
+
+_FLAT = 0.9
+"""A histogram with a larger share of its paths in one bar is folded away."""
 
 _CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Loss", (("loss", "loss", "a"),)),
@@ -167,11 +171,30 @@ def _funnel(row: Mapping[str, Any], most: int) -> Markup:
     return figures.bars(row["name"], bars, most)
 
 
-def distributions(results: Results) -> list[tuple[str, list[Markup]]]:
+@dataclass(frozen=True)
+class Distributions:
+    """A round's histograms.
+
+    Attributes:
+        name: The round's.
+        panels: Those that show how a measure is spread.
+        flat: Those of scores of which nearly all stand in one bar.
+        told: What there is to say of the flat ones.
+    """
+
+    name: str
+    panels: list[Markup]
+    flat: list[Markup]
+    told: str
+
+
+def distributions(results: Results) -> list[Distributions]:
     """For each round: lengths and scores, right paths against wrong ones."""
     shown = []
     for row in results["funnel"]["rounds"]:
-        panels = []
+        panels: list[Markup] = []
+        flat: list[Markup] = []
+        told = []
         for measure, found in row["distributions"].items():
             groups = {
                 name: found[name] for name in ("right", "wrong", "undecided") if found[name]["n"]
@@ -181,11 +204,19 @@ def distributions(results: Results) -> list[tuple[str, list[Markup]]]:
                 for name, part in groups.items()
             )
             counts = {name: part["counts"] for name, part in groups.items()}
-            panels.append(
-                figures.histograms(_NAMES[measure], found["low"], found["high"], counts, about)
-            )
-        if panels:
-            shown.append((row["name"], panels))
+            low, high = found["low"], found["high"]
+            panel = figures.histograms(_NAMES[measure], low, high, counts, about)
+            bars = [sum(bar) for bar in zip(*counts.values(), strict=True)]
+            if _NAMES[measure].startswith("Score") and max(bars) > _FLAT * sum(bars):
+                flat.append(panel)
+                share, place = 100 * max(bars) / sum(bars), bars.index(max(bars))
+                width = (high - low) / len(bars)
+                span = f"{low + place * width:.0f}–{low + (place + 1) * width:.0f}"
+                told.append(f"{_NAMES[measure][7:]} {share:.1f} % at {span}")
+            else:
+                panels.append(panel)
+        if panels or flat:
+            shown.append(Distributions(row["name"], panels, flat, ", ".join(told)))
     return shown
 
 

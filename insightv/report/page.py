@@ -151,7 +151,7 @@ def main_benchmark(results: Results) -> str:
 
 
 def headline(results: Results) -> list[tuple[str, str]]:
-    """The run in four numbers, those that are known."""
+    """The run in a few numbers, those that are known; gains under the names of their entries."""
     numbers = results["funnel"]
     found: list[tuple[str, str]] = []
     if numbers["questions"] is not None:
@@ -164,15 +164,12 @@ def headline(results: Results) -> list[tuple[str, str]]:
         found.append((count(sum(pairs)), "preference pairs"))
     gains = {(row["entry"], row["other"], row["benchmark"]): row for row in results["differences"]}
     main = main_benchmark(results)
-    gain = gains.get(("multi_agent", "base", main))
-    if gain and gain["difference"] is not None:
-        low, high = gain["ci95"]
-        found.append(
-            (
-                signed(gain["difference"]),
-                f"points on {main}, both agents over the base [{signed(low)}, {signed(high)}]",
-            )
-        )
+    for entry in ("multi_agent", "iterative_dpo"):  # after SFT, and at the end of the chain
+        gain = gains.get((entry, "base", main))
+        if gain and gain["difference"] is not None:
+            low, high = gain["ci95"]
+            told = f"points on {main}, {entry} over base [{signed(low)}, {signed(high)}]"
+            found.append((signed(gain["difference"]), told))
     return found
 
 

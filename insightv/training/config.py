@@ -74,25 +74,28 @@ class TrainConfig:
     picture_cache_mb: int = unhashed(512)
     device: str = unhashed("auto")
 
-    def validate(self) -> None:
-        """Checks every value.
+    def validate(self, name: str = "") -> None:
+        """Checks every value; ``name`` is the section's, for the message.
 
         Raises:
             UserError: One is out of its range; the line names it and what is allowed.
         """
-        _choice("schedule", self.schedule, ("cosine", "constant"))
-        _choice("precision", self.precision, ("bf16", "fp32"))
-        _choice("device", self.device, ("auto", "cpu", "cuda"))
+        self._check(f"{name}." if name else "")
+
+    def _check(self, section: str) -> None:
+        _choice(f"{section}schedule", self.schedule, ("cosine", "constant"))
+        _choice(f"{section}precision", self.precision, ("bf16", "fp32"))
+        _choice(f"{section}device", self.device, ("auto", "cpu", "cuda"))
         for name in ("epochs", "batch_size", "max_length", "tokens_per_micro_batch", "keep"):
-            _least(name, getattr(self, name), 1)
+            _least(f"{section}{name}", getattr(self, name), 1)
         for name in (
             *("max_steps", "learning_rate", "final_lr_ratio", "weight_decay", "grad_clip"),
             *("max_skipped_steps", "save_steps", "save_seconds", "picture_cache_mb"),
         ):
-            _least(name, getattr(self, name), 0)
+            _least(f"{section}{name}", getattr(self, name), 0)
         for name in ("warmup", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"training.{name} is {getattr(self, name)}: expected 0 <= x < 1")
+                raise UserError(f"{section}{name} is {getattr(self, name)}: expected 0 <= x < 1")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, counted from 0, of ``steps`` in all."""
@@ -145,23 +148,19 @@ class DPOConfig(TrainConfig):
         terms = self.terms or {"sigmoid": 1.0, "sft": 1.0}
         return {name: weight for name, weight in terms.items() if weight}
 
-    def validate(self) -> None:
-        """As for every training; also the objective.
-
-        Raises:
-            UserError: A value is out of its range or a term unknown.
-        """
-        super().validate()
+    def _check(self, section: str) -> None:
+        """As for every training; also the objective."""
+        super()._check(section)
         for name, weight in self.terms.items():
-            _choice("terms", name, TERMS)
-            _least(f"terms.{name}", weight, 0)
+            _choice(f"{section}terms", name, TERMS)
+            _least(f"{section}terms.{name}", weight, 0)
         if not self.weights():
-            raise UserError("training.terms are all 0: give one of them a weight")
-        if not self.beta > 0:
-            raise UserError(f"training.beta is {self.beta}: expected a number above 0")
+            raise UserError(f"{section}terms are all 0: give one of them a weight")
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"{section}beta is {self.beta}: expected a number above 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(
-                f"training.label_smoothing is {self.label_smoothing}: expected 0 <= x < 0.5"
+                f"{section}label_smoothing is {self.label_smoothing}: expected 0 <= x < 0.5"
             )
 
 
@@ -185,24 +184,25 @@ class ReferenceConfig:
     picture_cache_mb: int = unhashed(256)
     device: str = unhashed("auto")
 
-    def validate(self) -> None:
-        """Checks every value.
+    def validate(self, name: str = "") -> None:
+        """Checks every value; ``name`` is the section's, for the message.
 
         Raises:
             UserError: One is out of its range.
         """
-        _choice("precision", self.precision, ("bf16", "fp32"))
-        _choice("device", self.device, ("auto", "cpu", "cuda"))
-        for name in ("max_length", "tokens_per_batch", "concurrency"):
-            _least(name, getattr(self, name), 1)
-        _least("picture_cache_mb", self.picture_cache_mb, 0)
+        section = f"{name}." if name else ""
+        _choice(f"{section}precision", self.precision, ("bf16", "fp32"))
+        _choice(f"{section}device", self.device, ("auto", "cpu", "cuda"))
+        for key in ("max_length", "tokens_per_batch", "concurrency"):
+            _least(f"{section}{key}", getattr(self, key), 1)
+        _least(f"{section}picture_cache_mb", self.picture_cache_mb, 0)
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"training.{name} is {value!r}: choose one of {', '.join(choices)}")
+        raise UserError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
 
 
 def _least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise UserError(f"training.{name} is {value}: expected at least {least}")
+    if not least <= value < math.inf:
+        raise UserError(f"{name} is {value}: expected a number of at least {least}")

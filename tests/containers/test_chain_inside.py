@@ -17,6 +17,7 @@ from hpc.config import dump
 from hpc.container import Container, command, pin
 from hpc.driver import drive
 from hpc.errors import UserError
+from hpc.executors.batch import write_host
 from hpc.executors.local import LocalExecutor
 from hpc.planning import plan_of
 from hpc.rundir import STOPPED, Chain, read_json
@@ -95,6 +96,7 @@ def test_batch_scripts_as_a_node_runs_them(image: Path, tmp_path: Path) -> None:
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho node1\n")):
         (shims / name).write_text(text)
         (shims / name).chmod(0o755)
+    write_host(run / "slurm")
     texts = {item.file: item.text for item in plan_of(chain, asked)}
     for file in ("preflight", "numbers", "numbers.gate"):
         (run / "slurm" / "logs").mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from families import save_family
 from safetensors.numpy import save_file
 
 from hpc.config import dump, load
@@ -180,6 +181,7 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
     ("override", "told"),
     [
         ("evaluation.entries=[multi_agents]", "did you mean multi_agent?"),
+        ("evaluation.entries=[foo]", "no entry 'foo'; use base, base_reasoning"),
         ("evaluation.split=train", "validation or test"),
         ("models.base.path=/no/such/folder", "models.base.path: no folder /no/such/folder"),
         ("models.generator.path=none", "only the judge can be none"),
@@ -188,8 +190,17 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
         ("rounds.answer_from=nobody", "path, extractor or summary"),
         ("questions.plain=[chart]", "no set 'chart'"),
         ("questions.per_shard=0", "questions.per_shard is 0"),
-        ("training.direct.epochs=0", "epochs is 0"),
-        ("rounds.dpo.beta=0", "beta is 0"),
+        ("training.direct.epochs=0", "training.direct.epochs is 0"),
+        ("training.reasoning.learning_rate=inf", "training.reasoning.learning_rate is inf"),
+        ("judge.temperature=nan", "judge.temperature is nan"),
+        ("rounds.dpo.beta=0", "rounds.dpo.beta is 0"),
+        ("rounds.dpo.terms.sft=-1", "rounds.dpo.terms.sft is -1"),
+        ("rounds.pairs.min_gap=0", "rounds.pairs.min_gap is 0"),
+        ("rounds.generation.paths=0", "rounds.generation.paths is 0"),
+        ("rounds.log_probabilities.max_length=0", "rounds.log_probabilities.max_length is 0"),
+        ("engine.device=tpu", "use auto, cpu, cuda or cuda:N"),
+        ("engine.dtype=int8", "use auto, float32"),
+        ("rounds.count=1000000", "rounds.count is 1000000: give 0 to 100"),
         ("local.workers=-1", "local.workers"),
         ("error_limit=2", "share from 0 to 1"),
         ("rounds.count=0", "rounds.count of at least 1"),
@@ -199,6 +210,31 @@ def test_impossible_values_are_refused_in_one_line(override, told, tmp_path):
     with pytest.raises(UserError) as error:
         make(tmp_path, override)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_most_rounds_make_a_chain(tmp_path):
+    assert "r100-dpo" in make(tmp_path, "rounds.count=100").stages
+
+
+def test_an_empty_path_is_the_base(tmp_path):
+    models = read(CONFIGS / "quickstart.yaml", ["models.judge.path="]).models
+    assert models.judge == models.base
+
+
+@pytest.mark.parametrize("family", ["llava-next", "qwen2.5-vl"])
+def test_the_starting_point_for_a_model_of_ones_own(family, tmp_path):
+    with pytest.raises(UserError, match=r"models\.base\.path: no folder /path/to/your/model"):
+        make(tmp_path, name="own-model")
+    model = save_family(family, tmp_path / "model")
+    config = read(CONFIGS / "own-model.yaml", [f"models.base.path={model}"])
+    assert {role.prompts for role in vars(config.models).values()} == {"default"}
+    assert {role.path for role in vars(config.models).values()} == {str(model)}
+    training, rounds = config.training, config.rounds
+    assert (training.reasoning.epochs, training.reasoning.learning_rate) == (2, 5e-6)
+    assert (training.summary.epochs, training.summary.learning_rate) == (1, 1e-5)
+    assert (rounds.count, rounds.dpo.epochs, rounds.dpo.learning_rate) == (3, 1, 5e-7)
+    stages = assemble(config, RunDir(tmp_path / "run")).stages
+    assert {"r0-judge", "r3-dpo", "dpo-train", "eval-iterative-dpo"} <= stages.keys()
 
 
 def test_shipped_configs_hold_the_whole_ladder(tmp_path):

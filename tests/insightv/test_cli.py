@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from hpc.config import dump
+from hpc.config import dump, shaping
 from hpc.rundir import RunDir
 from hpc.shards import write_groups
 from insightv import cli
+from insightv.chain import build
 from insightv.config import read
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "chain"
@@ -105,10 +106,16 @@ def test_version(insightv):
         (["run", SMOKE, "rounds.dpo.betta=1"], "did you mean rounds.dpo.beta?"),
         (["run", SMOKE, "seed=many"], "seed is 'many', expected int"),
         (["run", SMOKE, "seed"], "expected key=value"),
+        (["run", SMOKE, "--seed", "1"], "No such option: --seed; did you mean seed=1?"),
+        (["run", SMOKE, "--rounds.dpo.beta=0.2"], "did you mean rounds.dpo.beta=0.2?"),
+        (["train", "dpo", "x", "--learning-rate", "1e-6"], "did you mean learning_rate=1e-6?"),
+        (["train", "sft", "x", "learning_rate=-1"], "insightv: learning_rate is -1"),
+        (["status", "x", "--seed", "1"], "No such option: --seed (insightv"),
         (["run", SMOKE, "models.base.path=/no/model"], "no folder /no/model"),
         (["run", SMOKE, "evaluation.entries=[bass]"], "did you mean base?"),
         (["status", "/no/run"], "/no/run is no run directory"),
         (["retry", "/no/run"], "is no run directory"),
+        (["ask", "/no/run", "a.png", " "], "QUESTION is empty"),
         (["why", "a:b:1", "/no/run"], "is no run directory"),
         (["shards", "verify", "/no/shards"], "no shards here"),
         (["shards", "cat", "/no/shard/00000.jsonl.zst"], "there is no such shard"),
@@ -121,9 +128,20 @@ def test_mistakes_end_in_one_line(words, told, insightv, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("chain.yaml"))
 
 
+def test_a_refused_change_names_the_key_that_was_typed_and_the_way_out(insightv, run):
+    chain = build(run)
+    stage = "dpo-pairs"
+    manifest = chain.run.manifest(stage)
+    manifest.parent.mkdir(parents=True)
+    record = {"hash": chain.identity(stage), "config": shaping(chain.stages[stage].config)}
+    manifest.write_text(json.dumps(record | {"parents": {}, "shards": 0}))
+    told = ("stage dpo-pairs", "changed: rounds.count: 2 → 3;", f"--run-dir NEW --reuse {run}`")
+    refused(insightv("run", SMOKE, "rounds.count=3", "--run-dir", run), *told)
+
+
 def test_unwritable_run_directory(insightv, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(insightv("run", SMOKE, "--run-dir", tmp_path / "file" / "run"), "cannot write")
+    refused(insightv("run", SMOKE, "--run-dir", tmp_path / "file" / "run"), "Not a directory")
 
 
 def tensors(path: Path) -> None:

@@ -1,10 +1,12 @@
 """What jobs will find without internet."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from insightv import cli
+from insightv.prompting import FOLDER
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "chain" / "smoke.yaml")
 
@@ -31,7 +33,21 @@ def test_the_embedded_model_and_the_sets_are_there(prefetch):
 def test_a_folder_that_is_no_model_is_named(prefetch, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     status, _, err = prefetch(f"models.judge.path={tmp_path}")
-    assert status == 2 and "models.judge.path" in err and "no *.safetensors" in err
+    assert (
+        status == 2 and "models.judge.path" in err and "needs config.json and *.safetensors" in err
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    status, _, err = prefetch(f"models.base.path={tmp_path}")
+    assert status == 2 and "models.base.path" in err and "names no model_type" in err
+
+
+def test_impossible_values_and_prompts_are_found_before_the_jobs_start(prefetch, tmp_path):
+    status, _, err = prefetch("engine.device=tpu")
+    assert status == 2 and "engine.device is 'tpu'" in err
+    shutil.copytree(FOLDER / "default", tmp_path / "prompts")
+    (tmp_path / "prompts" / "reasoning.txt").write_text("Think.")
+    status, _, err = prefetch(f"models.base.prompts={tmp_path / 'prompts'}")
+    assert status == 2 and "reasoning.txt lacks the field {question}" in err
 
 
 def test_a_hub_that_does_not_answer_is_one_line(prefetch, tmp_path, monkeypatch):

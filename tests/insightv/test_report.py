@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from hpc.errors import UserError
 from insightv.evaluation.results import write_results
-from insightv.report import write_report
+from insightv.report import drawings, write_report
 from insightv.report.figures import dots, nice_ticks
-from insightv.report.page import current_results
+from insightv.report.page import current_results, headline
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -138,6 +138,33 @@ def test_ticks_are_few_and_reach_around(a, b, about):
     if high - low > 1e-3:
         slack = (high - low) * 1e-6
         assert ticks[0] <= low + slack and ticks[-1] >= high - slack
+
+
+def spread(**counts: list[int]) -> dict:
+    """A distribution over bins of five points, as the funnel reports it."""
+    found = {"low": 0.0, "high": 100.0}
+    for name in ("right", "wrong", "undecided"):
+        bins = counts.get(name, [0] * 20)
+        found[name] = {"counts": bins, "n": sum(bins), "mean": 50.0 if sum(bins) else None}
+    return found
+
+
+def test_scores_that_are_nearly_all_one_are_folded_with_their_share():
+    flat = spread(right=[0] * 19 + [90], wrong=[3] + [0] * 18 + [7])
+    mixed = spread(right=[10] + [0] * 18 + [90])  # 90 % are not more than 90 %
+    measures = {"tokens": flat, "total": mixed, "logic": flat}
+    rounds = [{"name": "Round 0", "distributions": measures}]
+    (shown,) = drawings.distributions({"funnel": {"rounds": rounds}})
+    assert shown.told == "logic 97.0 % at 95–100"
+    assert ["Length, tokens" in panel for panel in shown.panels] == [True, False]
+    assert len(shown.flat) == 1 and "Score, logic" in shown.flat[0]
+
+
+def test_the_headline_names_whose_gain_it_is(page, run):
+    told = [label for _, label in headline(current_results(run))]
+    for entry, label in zip(("multi_agent", "iterative_dpo"), told[-2:], strict=True):
+        assert label.startswith(f"points on charts, {entry} over base [")
+        assert label in page.read_text()
 
 
 def test_labels_of_figures_are_escaped():
