@@ -222,7 +222,7 @@ def _of_gpus(about: str, known: Mapping[str, list[str]], wanted: int) -> Iterato
     said = f"{seen}, {driver or 'nvidia-smi is not there'}"
     level = "wrong" if failed else "ok" if driver else "note"
     yield Finding(level, f"{about}, GPUs", said)
-    for line in known.get("torch", []):
+    for line in known.get("seen", []):
         yield _of_torch(f"{about}, torch", line, bool(driver) and not failed)
 
 

@@ -24,7 +24,7 @@ from hpc.rundir import RunDir, write_json
         ("container: {image: x.sif, binds: [data]}", "absolute"),
         ("container: {image: x.sif, binds: ['/a,/b']}", "without commas"),
         ("container: {image: x.sif, passed: ['A B']}", "no variable's name"),
-        ("container: {image: x.sif, program: []}", "give a command"),
+        ("container: {image: x.sif, runtime: ''}", "give a command"),
         ("container: {imag: x.sif}", r"container\.image"),
         ("program: [apptainer, exec, x.sif, insightv]", "container: {image"),
         ("{program: [x], container: {image: x.sif}}", "container.program"),

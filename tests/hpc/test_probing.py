@@ -17,12 +17,12 @@ from hpc.probing import _of_gpus
     ],
 )
 def test_a_torch_that_does_not_see_the_gpus(torch, driver, level, said):
-    known = {"gpus": ["4"], "torch": [torch], **({"driver": [driver]} if driver else {})}
+    known = {"gpus": ["4"], "seen": [torch], **({"driver": [driver]} if driver else {})}
     found = [one for one in _of_gpus("gpu on g1", known, 4) if one.about.endswith("torch")]
     assert [one.level for one in found] == [level]
     assert said in found[0].said
 
 
 def test_torch_is_not_asked_where_gpus_lack():
-    found = list(_of_gpus("gpu on g1", {"gpus": ["0"], "torch": ["1 no GPU"]}, 4))
+    found = list(_of_gpus("gpu on g1", {"gpus": ["0"], "seen": ["1 no GPU"]}, 4))
     assert [one.about for one in found] == ["gpu on g1, GPUs"]

@@ -134,7 +134,9 @@ def test_a_refused_change_names_the_key_that_was_typed_and_the_way_out(insightv,
     manifest = chain.run.manifest(stage)
     manifest.parent.mkdir(parents=True)
     record = {"hash": chain.identity(stage), "config": shaping(chain.stages[stage].config)}
-    manifest.write_text(json.dumps(record | {"parents": {}, "shards": 0}))
+    record |= {"made": "0", "parents": {}, "seconds": 0.0}
+    record |= dict.fromkeys(("shards", "inputs", "rows", "errors"), 0)
+    manifest.write_text(json.dumps(record))
     told = ("stage dpo-pairs", "changed: rounds.count: 2 → 3;", f"--run-dir NEW --reuse {run}`")
     refused(insightv("run", SMOKE, "rounds.count=3", "--run-dir", run), *told)
 

@@ -89,6 +89,6 @@ if said=$(timeout 180 "${program[@]}" --version 2>&1); then tell program "$(tail
 else tell broken "status $?: $(tail -n 1 <<<"$said")"; fi
 if [ "$gpus" -gt 0 ]; then  # the driver may see what the payload's torch does not
   said=$(timeout 300 "${program[@]}" gpus 2>&1)
-  tell torch "$? $(tail -n 1 <<<"$said")"
+  tell seen "$? $(tail -n 1 <<<"$said")"
 fi
 tell done yes
