@@ -241,11 +241,14 @@ def build(
 def _run(command: Sequence[str], place: Path, log: Path, say: Say) -> None:
     """Runs a build; tells its own lines as they come, all of them go to the log."""
     begun, last, told = time.monotonic(), "", ""
+    # Apptainer hands the environment on: what Python finds here is not to be found inside.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
             command,
             cwd=place,
+            env=clean,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -162,7 +162,7 @@ def test_more_charts_than_the_tables_hold_is_refused(monkeypatch):
 def test_a_missing_package_is_a_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     sets._asked_shapes.cache_clear()
-    with pytest.raises(UserError, match=r'pip install "insightv-hpc\[demo\]"'):
+    with pytest.raises(UserError, match="easy-vqa: pip install -c constraints.txt"):
         list(
             make_questions(
                 "test", QuestionsConfig(Sizes(), Sizes(), Sizes(1, 1, 1)), 0, sets._Ids()
