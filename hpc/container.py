@@ -107,6 +107,10 @@ class Container:
             if not _PATTERN.fullmatch(name):
                 raise UserError(f"container.passed: {name!r} is no variable's name or beginning")
 
+    def inside(self, command: Sequence[str]) -> list[str]:
+        """The payload's command inside, for a chain whose own is ``command``."""
+        return self.program or list(command[-1:])
+
     def seeing(self, folders: Sequence[Path]) -> Container:
         """The same, with folders bound read-only that no bind shows yet."""
         shown = [Path(bind.split(":")[0]) for bind in self.binds]

@@ -155,7 +155,7 @@ def _command(chain: Chain, profile: Profile, *words: str) -> tuple[str, ...]:
     command, *rest = words
     program = profile.program or chain.command
     if profile.container.image:
-        program = profile.container.program or chain.command[-1:]
+        program = profile.container.inside(chain.command)
     return (*program, command, str(chain.run.path), *rest)
 
 

@@ -92,7 +92,7 @@ def _text(one: _Probe, profile: Profile, command: Sequence[str], name: str) -> s
     program, image = list(profile.program or command), profile.container
     if image.image:
         asked = kind.resources.gpus
-        words = image.program or list(command[-1:])
+        words = image.inside(command)
         program = container.command(image, one.folder, words, asked, "probe")
     options = {
         "job-name": name,

@@ -31,6 +31,7 @@ def check(
 ) -> int:
     """Hold a profile against Slurm, and try two nodes of every kind; one line a finding."""
     import sys
+    from functools import partial
 
     from hpc.cluster import read_profile
     from hpc.probing import probe
@@ -41,7 +42,7 @@ def check(
     for finding in findings:
         print(finding, flush=True)
     if minutes > 0:
-        tell = lambda text: print(text, file=sys.stderr)  # noqa: E731
+        tell = partial(print, file=sys.stderr)
         probed = probe(profile, run_dir, [sys.executable, "-m", "insightv"], 60 * minutes, tell)
         for finding in probed:
             print(finding, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +46,7 @@ def submit(
     config = read(chain, overrides or ())
     assembled = assemble(config, RunDir(run_dir or Path("runs") / chain.stem))
     need_packages(assembled, config, profile)
-    prepare = lambda: save(assembled, config, remake, held=True)  # noqa: E731
+    prepare = partial(save, assembled, config, remake, held=True)
     send(assembled, profile, remake, prepare, other_image)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpc.errors import UserError
-from insightv.cli.cluster import ChainArgument, Overrides
+from insightv.cli.runs import ChainArgument, Overrides
 
 if TYPE_CHECKING:
     from insightv.config import ChainConfig
@@ -42,7 +42,7 @@ def prefetch(
         if _is_hub(path):
             model.path = str(folders[path])
             named.append(f"models.{role}.path={folders[path]}")
-    need_packages(config)
+    check_packages(config)
     resolve(config)
     for path, folder in folders.items():
         print(f"model  {path}: {folder}, digest {digest_of(folder)}")
@@ -84,7 +84,7 @@ def _model(role: str, path: str, to: Path) -> Path:
     return folder
 
 
-def need_packages(config: ChainConfig) -> None:
+def check_packages(config: ChainConfig) -> None:
     """Looks whether what the question sets are read from can be imported; imports nothing.
 
     Raises:

@@ -105,7 +105,7 @@ def _contain(chain: Chain, path: Path | None) -> None:
     asked.validate()
     found = pin(asked).seeing(chain.reads)
     chain.image = {"path": found.image, "sha256": found.sha256}
-    chain.command = command(found, chain.run.path, found.program or chain.command[-1:])
+    chain.command = command(found, chain.run.path, found.inside(chain.command))
 
 
 def _drive(
@@ -166,14 +166,14 @@ def need_packages(chain: Chain, config: ChainConfig, profile: Profile | None = N
         UserError: A package is missing that a stage yet to be made reads its questions from.
     """
     from hpc import gates
-    from insightv.cli.prefetch import need_packages as look
+    from insightv.cli.prefetch import check_packages
 
     elsewhere = profile is not None and (profile.container.image or profile.program)
     if chain.image or elsewhere:
         return
     standing = gates.standing(chain)
     if not all(made for name, made in standing.items() if name.startswith("questions-")):
-        look(config)
+        check_packages(config)
 
 
 def _take_over(chain: Chain, donors: Sequence[Path]) -> None:
