@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -20,13 +19,13 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from hpc.container import identify
+from hpc.contents import write_contents
 from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.site import Finding
@@ -411,88 +410,3 @@ def _ask(command: Sequence[str]) -> str:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-# ---- contents
-
-
-def write_contents(built: Path, target: Path, summed: str) -> None:
-    """Writes the image's packages as SPDX 2.3 beside ``target``.
-
-    Raises:
-        UserError: The image cannot say what it holds.
-    """
-    words = ["apptainer", "--quiet", "exec", "--cleanenv", "--no-home"]
-    words += ["--userns"] if os.geteuid() == 0 else []
-    done = subprocess.run(
-        [*words, str(built), "python", "-m", "hpc.inside"], capture_output=True, text=True
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise UserError(f"{target}: the image cannot tell its packages ({last}); mend its %post")
-    text = spdx(target.name, summed, json.loads(done.stdout))
-    write_atomic(target.with_name(f"{target.name}.spdx.json"), json.dumps(text, indent=1) + "\n")
-
-
-def spdx(name: str, summed: str, packages: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """An SPDX 2.3 document of an image's packages."""
-    entries = [*_entries(packages)]
-    image = {
-        "SPDXID": "SPDXRef-image",
-        "name": name,
-        "downloadLocation": "NOASSERTION",
-        "filesAnalyzed": False,
-        "checksums": [{"algorithm": "SHA256", "checksumValue": summed}],
-    }
-    return {
-        "spdxVersion": "SPDX-2.3",
-        "dataLicense": "CC0-1.0",
-        "SPDXID": "SPDXRef-DOCUMENT",
-        "name": name,
-        "documentNamespace": f"urn:sha256:{summed}",
-        "creationInfo": {
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "creators": ["Tool: insightv image build"],
-        },
-        "packages": [image, *entries],
-        "relationships": [
-            {
-                "spdxElementId": "SPDXRef-DOCUMENT",
-                "relatedSpdxElement": "SPDXRef-image",
-                "relationshipType": "DESCRIBES",
-            },
-            *(
-                {
-                    "spdxElementId": "SPDXRef-image",
-                    "relatedSpdxElement": entry["SPDXID"],
-                    "relationshipType": "CONTAINS",
-                }
-                for entry in entries
-            ),
-        ],
-    }
-
-
-def _entries(packages: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    for package in packages:
-        kind, name, version = package["kind"], package["name"], package["version"]
-        place = "pypi" if kind == "pypi" else "deb/debian"
-        licence = package["license"]
-        yield {
-            "SPDXID": f"SPDXRef-{kind}-{re.sub(r'[^A-Za-z0-9.-]', '-', name)}",
-            "name": name,
-            "versionInfo": version,
-            "downloadLocation": "NOASSERTION",
-            "filesAnalyzed": False,
-            "licenseConcluded": "NOASSERTION",
-            # Packages' own words are seldom SPDX expressions.
-            "licenseDeclared": "NOASSERTION",
-            **({"licenseComments": f"declared: {licence}"} if licence else {}),
-            "externalRefs": [
-                {
-                    "referenceCategory": "PACKAGE-MANAGER",
-                    "referenceType": "purl",
-                    "referenceLocator": f"pkg:{place}/{name}@{version.replace('+', '%2B')}",
-                }
-            ],
-        }

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc import images, inside
+from hpc import contents, inside
 from hpc.cluster import Profile, read_profile
 from hpc.container import Container, check_bindable, pin
 from hpc.errors import UserError
@@ -95,7 +95,7 @@ def test_contents_are_spdx(names: dict[str, str]) -> None:
         {"kind": "pypi", "name": name, "version": version, "license": "MIT"}
         for name, version in names.items()
     ]
-    made = images.spdx("x.sif", "0" * 64, listed)
+    made = contents.spdx("x.sif", "0" * 64, listed)
     ids = [package["SPDXID"] for package in made["packages"]]
     assert len(set(ids)) == len(ids) == len(names) + 1
     related = {relation["relatedSpdxElement"] for relation in made["relationships"]}
