@@ -260,12 +260,8 @@ def _last_lines(job: Job) -> str:
 @cache
 def _host() -> tuple[str, dict[str, str]]:
     """The digest of the host bash, and its files."""
-    common, contained, work, gate = (
-        (_HOST / f"{name}.sh").read_text(encoding="utf-8")
-        for name in ("common", "contained", "work", "gate")
-    )
     made = {
-        f"{name}.sh": f"{common}\n{contained}\n{end}"
-        for name, end in (("work", work), ("gate", gate))
+        f"{name}.sh": (_HOST / f"{name}.sh").read_text(encoding="utf-8")
+        for name in ("common", "contained", "work", "gate")
     }
     return hashlib.sha256("\0".join(made.values()).encode()).hexdigest()[:12], made

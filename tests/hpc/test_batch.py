@@ -97,11 +97,12 @@ def test_a_hand_made_submission_records_ids(tmp_path: Path) -> None:
     fake.write_text(f'#!/bin/bash\necho "$PWD $@" >>{folder}/asked\nwc -l <{folder}/asked\n')
     fake.chmod(0o755)
     made = RunDir(tmp_path / "made here")
-    bash = made.path / "slurm" / host_name() / "work.sh"
+    bash = made.path / "slurm" / host_name() / "common.sh"
     words = ["bash", folder / "chain.sh", made.path]
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     subprocess.run(words, check=True, env=environment, capture_output=True)
     assert "scontrol requeue" in bash.read_text()
+    assert {path.stem for path in bash.parent.iterdir()} == {"common", "contained", "work", "gate"}
     asked = (folder / "asked").read_text().splitlines()
     name = f"{naming.prefix(made)}-numbers-a0"
     where = f"{made.path} --parsable --job-name={name} --dependency=afterok:1"

@@ -1,3 +1,5 @@
+# What both kinds of job need; whoever reads this tries again where a node cannot see it yet.
+. "${BASH_SOURCE%/*}/contained.sh" && . "${BASH_SOURCE%/*}/common.sh" || return
 
 # NAME: the id under which a job (a basic regular expression) was last recorded.
 recorded() {

@@ -1,3 +1,6 @@
+# What both kinds of job need; whoever reads this tries again where a node cannot see it yet.
+. "${BASH_SOURCE%/*}/contained.sh" && . "${BASH_SOURCE%/*}/common.sh" || return
+
 if [ "$ranks" -gt 1 ]; then  # all at once, with the variables by which torch finds the others
   export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
