@@ -88,6 +88,9 @@ class Stage:
         distributed: For ``job``: run by every rank of the nodes × tasks that a cluster profile
             gives it, at once; the counts of rank 0 are kept. Otherwise by one process.
         error_limit: Largest share of inputs that may fail before the stage does.
+        unless: Job stages that decide whether this one is needed: one whose counts hold
+            ``skip``, a reason, lets it pass without work, shards and outputs. A decision that is
+            no parent is not waited for; it may come while the stage is at work, and ends that.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Stage:
     resources: str = "cpu"
     distributed: bool = False
     error_limit: float = 0.0
+    unless: tuple[str, ...] = ()
 
     @property
     def parents(self) -> tuple[str, ...]:

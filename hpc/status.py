@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _HOURS = {"node": "node", "core": "core", "gpu": "GPU"}
 _SHOWN = {
     "complete": "green",
+    "skipped": "dim green",
     "running": "cyan",
     "stopped": "red",
     "cancelled": "red",
@@ -107,7 +108,8 @@ def status(
         "core", "gpu"}`` and, where it used GPUs, ``"rows_per_gpu_hour"`` for each stage, and
         ``"jobs"`` and ``"hours"`` of all together.
         A run is complete, running, stopped, cancelled or incomplete. A stage is complete,
-        running, incomplete (begun), outdated (made from what is no longer there) or waiting.
+        running, incomplete (begun), outdated (made from what is no longer there), waiting, or
+        skipped: a decision let it pass, whose ``reason`` stands there.
     """
     run = chain.run
     standing = gates.standing(chain)
@@ -224,8 +226,10 @@ def board(found: dict[str, Any]) -> Table:
     if "hours" in found and any(found["hours"].values()):
         used = "  ".join(f"{_HOURS[key]}-hours: {_few(x)}" for key, x in found["hours"].items())
         table.title = f"{table.title}   {used}"
-    if found["reason"]:
-        table.caption = Text(found["reason"], style="red")
+    told = [Text(found["reason"], style="red")] if found["reason"] else []
+    reasons = dict.fromkeys(entry["reason"] for entry in found["stages"] if "reason" in entry)
+    if told := told + [Text(f"skipped by {reason}") for reason in reasons]:
+        table.caption = Text("\n").join(told)
         table.caption_justify = "left"
     return table
 
@@ -251,8 +255,11 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
     entry: dict[str, Any] = {"name": name, "kind": stage.kind, "numbers": {}}
     if manifest is not None:
         seconds, inputs = manifest["seconds"], manifest["inputs"]
+        skipped = manifest.get("skipped")
+        if skipped:
+            entry["reason"] = f"{skipped['by']}: {skipped['reason']}"
         return entry | {
-            "state": "complete" if complete else "outdated",
+            "state": "outdated" if not complete else "skipped" if skipped else "complete",
             "shards": {"done": manifest["shards"], "total": manifest["shards"]},
             "inputs": {"done": inputs, "total": inputs},
             "rows": manifest["rows"],

@@ -86,6 +86,7 @@ def submit(
                 return 0
             profile = pinned(chain, profile, other_image)
             run.unmark(STOPPED, CANCELLED, "slurm/finished")
+            gates.withdraw(chain)
             profile = keep_profile(run, profile)
             make_id(run)
             run.add_provenance(chain.packages, chain.image)

@@ -303,12 +303,18 @@ def stage_rows(run: Path) -> Iterator[dict[str, Any]]:
         sidecars = shards.sidecars(shard_folder(run, stage)).values()
         yield {
             "name": stage,
-            "complete": complete(run, stage),
+            "state": _state(manifest),
             "shards": len(sidecars),
             "rows": sum(sidecar.rows for sidecar in sidecars),
             "bytes": sum(sidecar.bytes for sidecar in sidecars),
             "seconds": round(manifest["seconds"]) if "seconds" in manifest else None,
         }
+
+
+def _state(manifest: Mapping[str, Any]) -> str:
+    if skipped := manifest.get("skipped"):
+        return f"skipped by {skipped['by']}"
+    return "complete" if manifest else "not complete"
 
 
 def provenance(run: Path) -> dict[str, str]:
