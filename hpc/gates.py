@@ -294,9 +294,24 @@ def _commit(
             "bytes": sum(sidecar.bytes for sidecar in found.values()),
             "digest": digest({str(index): found[index].sha256 for index in sorted(found)}),
             "counts": dict(counts),
+            "sums": _sums(stage, found, counts),
             "outputs": list(stage.outputs),
         },
     )
+
+
+def _sums(stage: Stage, found: Mapping[int, Sidecar], counts: Mapping[str, Any]) -> dict[str, int]:
+    if stage.kind == "job":
+        return {name: int(counts[name]) for name in stage.counted if name in counts}
+    return add_sums(found.values())
+
+
+def add_sums(found: Iterable[Sidecar]) -> dict[str, int]:
+    """What sidecars have summed up, all together."""
+    total: Counter[str] = Counter()
+    for sidecar in found:
+        total.update(sidecar.sums)
+    return dict(total)
 
 
 def _pass(chain: Chain, stage: Stage, skipped: Mapping[str, str]) -> None:

@@ -91,6 +91,8 @@ class Stage:
         unless: Job stages that decide whether this one is needed: one whose counts hold
             ``skip``, a reason, lets it pass without work, shards and outputs. A decision that is
             no parent is not waited for; it may come while the stage is at work, and ends that.
+        counted: Whole numbers to be summed up beside rows, by name: fields of a map stage's rows,
+            counts of a job (``tokens``). Never shapes the result.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Stage:
     distributed: bool = False
     error_limit: float = 0.0
     unless: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
 
     @property
     def parents(self) -> tuple[str, ...]:

@@ -47,6 +47,10 @@ who votes in ``majority`` is a key.
 COMPARED = "multi_agent"
 """The entry whose reasoning the judge's card tests, and whose tokens a majority may spend."""
 
+TOKENS = ("tokens",)
+"""What stages with a model count beside rows: tokens generated (of paths that came to nothing,
+none), or trained on."""
+
 SUMMARIES = ("results", "report")
 """Stages that only tell what the others made; they follow any change."""
 
@@ -120,7 +124,7 @@ class _Stages:
 
     def _training(self, name: str, **parts: Any) -> str:
         workers = self.config.local.workers or sys.maxsize
-        return self._job(name, workers=workers, resources="gpu", **parts)
+        return self._job(name, workers=workers, resources="gpu", counted=TOKENS, **parts)
 
     # ---- questions, and one round of paths with their assessment
 
@@ -167,6 +171,7 @@ class _Stages:
             config=shape,
             load=payloads.generate(config, source, sampling, number, answerer, judging),
             unless=unless,
+            counted=TOKENS,
         )
         inputs = inputs | {"paths": generate}
         self._map(
@@ -333,6 +338,7 @@ class _Stages:
             },
             load=payloads.validate(config, entry, model, summary, self.judge),
             unless=unless,
+            counted=TOKENS,
         )
         if number:
             self._job(
@@ -487,6 +493,7 @@ class _Stages:
                 "judged by": self._referee(),
             },
             load=payloads.answer(config, entry, first, last, self.judge),
+            counted=TOKENS,
         )
 
     def _summaries(self) -> None:

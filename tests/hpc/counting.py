@@ -126,7 +126,15 @@ def make_chain(run: Path, settings: Counting) -> Chain:
     double = {"factor": settings.factor, **fails}
     stages = [
         Stage("numbers", "job", config=size, run=numbers, distributed=settings.ranks),
-        Stage("double", "map", over, config=double, load=load("double", settings.factor), **common),
+        Stage(
+            "double",
+            "map",
+            over,
+            config=double,
+            load=load("double", settings.factor),
+            counted=("value",),
+            **common,
+        ),
         Stage("square", "map", over, config=fails, load=load("square", 3), **common),
         Stage(
             "total",
