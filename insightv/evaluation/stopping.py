@@ -113,9 +113,9 @@ def decide(run: Path, number: int, last: int, config: EarlyStopConfig, seed: int
     }
     told["said"] = _said(told)
     stops = waited >= config.patience and number < last
-    rounds = "round" if waited == 1 else f"{waited} rounds in a row"
+    rounds = "it" if waited == 1 else f"the last {waited} rounds"
     wanted = f" of more than {100 * config.min_gain:g} points" if config.min_gain else ""
-    ended = f"stopped after round {number}, {rounds} without a gain{wanted}: {told['said']}"
+    ended = f"stopped after round {number}, for {rounds} brought no gain{wanted}: {told['said']}"
     return told | {"skip": ended if stops else ""}
 
 

@@ -88,7 +88,10 @@ def test_workers_killed_cancelled_and_paused(cluster: Testbed) -> None:
         owner.send_signal(signal.SIGCONT)
     for run in (killed, cancelled, paused):
         run.check()
-    assert 137 in {entry["status"] for entry in killed.ended("double")}
+    # It began again where it was.
+    assert {entry["status"] for entry in killed.ended("double")} == {0}
+    logs = "".join(path.read_text() for path in killed.dir.logs("double").glob("*.log"))
+    assert "was killed (status 137); it begins again" in logs
     assert 143 in {entry["status"] for entry in cancelled.ended("double")}
 
 
@@ -283,7 +286,8 @@ def test_gates_are_killed(cluster: Testbed) -> None:
         asleep.append(sleeps)
         run.submit(*SLOW, "workers=1", env=environment)
     for run in runs:
-        run.working("double")[0].kill()
+        run.working("double")
+        run.kill("double")
     wait_for(lambda: all(path.exists() for path in asleep), say=between.say)
     nodes = {run.nodes("double", "gate")[0] for run in runs}
     for node in nodes:

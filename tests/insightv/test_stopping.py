@@ -82,7 +82,7 @@ def test_a_round_without_a_gain_ends_them(run: Path, right: int) -> None:
     answer(run, 2, right)
     counts = settle(run, 2)
     assert counts["best"] == 1
-    assert counts["skip"].startswith("stopped after round 2, round without a gain: ")
+    assert counts["skip"].startswith("stopped after round 2, for it brought no gain: ")
     assert f"{100 * right / 40:.1f} % right of 40 validation questions" in counts["skip"]
     assert "against round 1, the best before" in counts["skip"]
 
@@ -95,7 +95,7 @@ def test_patience_waits_and_compares_with_the_best(run: Path) -> None:
     answer(run, 3, 20)  # better than round 2, not than round 1
     counts = settle(run, 3, last=5, patience=2)
     assert counts["against"] == 1 and counts["waited"] == 2
-    assert "2 rounds in a row without a gain" in counts["skip"]
+    assert "for the last 2 rounds brought no gain" in counts["skip"]
 
 
 def test_a_gain_begins_the_waiting_anew(run: Path) -> None:
@@ -109,7 +109,7 @@ def test_small_gains_count_for_nothing_where_more_is_wanted(run: Path) -> None:
     answer(run, 1, 21)
     counts = settle(run, 1, min_gain=0.05)
     assert counts["best"] == 0
-    assert "without a gain of more than 5 points" in counts["skip"]
+    assert "it brought no gain of more than 5 points" in counts["skip"]
 
 
 def test_the_last_round_has_nothing_to_end(run: Path) -> None:
@@ -200,6 +200,7 @@ def test_what_cannot_be_decided_is_refused(tmp_path: Path) -> None:
         make(tmp_path, *ON, "rounds.early_stop.min_gain=2")
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_real_chain_stops(tmp_path: Path) -> None:
     """No round can gain a hundred points: the second of two is left out."""
