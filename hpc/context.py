@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from hpc.decisions import skipped_by
 from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
-from hpc.gates import DONE, REQUEUE, STOP, skipped_by
+from hpc.gates import DONE, REQUEUE, STOP
 from hpc.leases import Owner, gone
 from hpc.rundir import CANCELLED, Chain
 from hpc.stages import Stage

@@ -16,6 +16,7 @@ from typing import Any
 from hpc import gates
 from hpc.accounting import spent, totals
 from hpc.cluster import Profile, read_profile
+from hpc.decisions import skipped_by
 from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.inside import shadowed
@@ -72,7 +73,7 @@ def gate(chain: Chain, name: str, attempt: int, first: int) -> int:
     run = chain.run
     if run.marked(CANCELLED) is not None or run.marked(STOPPED) is not None:
         return gates.STOP
-    skipped = gates.skipped_by(chain, name)
+    skipped = skipped_by(chain, name)
     for parent in chain.stages[name].parents if skipped is None else ():
         if not gates.fresh(chain, parent):
             return _stop(chain, f"stage {name}: {parent} before it is not complete")
@@ -87,7 +88,7 @@ def gate(chain: Chain, name: str, attempt: int, first: int) -> int:
         return _stop(chain, reason)
     passed = []
     for other, stage in chain.stages.items():
-        if gates.skipped_by(chain, other) is not None:
+        if skipped_by(chain, other) is not None:
             # Its own gate may be at work by now: nothing of it is touched.
             if name in stage.unless and not gates.fresh(chain, other):
                 passed.append(other)

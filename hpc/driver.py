@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from hpc import gates
+from hpc.decisions import rests_on, skipped_by
 from hpc.errors import UserError
 from hpc.executors.base import Executor, Job, State
 from hpc.executors.local import cores
@@ -166,7 +167,7 @@ class _Driver:
         """Until every stage is complete."""
         gates.withdraw(self.chain)
         for name, stage in self.chain.stages.items():
-            before = gates.rests_on(self.chain, name)
+            before = rests_on(self.chain, name)
             if self.done.issuperset(before) and gates.fresh(self.chain, name):
                 self.done.add(name)
                 self.observer.kept(stage)
@@ -230,7 +231,7 @@ class _Driver:
 
     def _nothing_left(self, stage: Stage) -> bool:
         """Whether a killed driver left only the gate to do, or a decision lets the stage pass."""
-        if gates.skipped_by(self.chain, stage.name):
+        if skipped_by(self.chain, stage.name):
             return True
         if stage.kind == "map":
             return not gates.missing(self.chain, stage.name)

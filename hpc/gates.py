@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc.config import digest, shaping
+from hpc.decisions import decision, manifest_of, rests_on, skipped_by
 from hpc.disk import make_folder
 from hpc.errors import UserError
 from hpc.provenance import image
-from hpc.rundir import STOPPED, Chain, RunDir, read_json, write_json
+from hpc.rundir import STOPPED, Chain, read_json, write_json
 from hpc.shards import (
     Sidecar,
     list_folder,
@@ -38,9 +39,6 @@ RETRY = 76
 STOP = 77
 SPARE = 78
 
-# What is read of a manifest without looking whether it is there.
-_KEYS = {"hash", "made", "parents", "config", "shards", "inputs", "rows", "errors", "seconds"}
-
 # Network file systems remember for some seconds that a name was absent.
 _SECOND_LOOK = 1.0
 _TRIES = 10
@@ -52,29 +50,18 @@ def fresh(chain: Chain, name: str) -> bool:
     Raises:
         UserError: Its manifest is none.
     """
-    manifest = _manifest(chain.run, name)
+    manifest = manifest_of(chain.run, name)
     if manifest is None or manifest["hash"] != chain.identity(name):
         return False
     if skipped := manifest.get("skipped"):
         by = skipped["by"]
-        found = _decision(chain, by) if by in chain.stages[name].unless else None
+        found = decision(chain, by) if by in chain.stages[name].unless else None
         return found is not None and found["made"] == skipped["made"]
     return (
         manifest["parents"] == chain.made(name)
         and not _absent(chain, name, range(manifest["shards"]))
         and not _absent_outputs(chain, chain.stages[name])
     )
-
-
-def _manifest(run: RunDir, name: str) -> dict[str, Any] | None:
-    """A stage's manifest with all that is read of it, or None while it is not complete."""
-    manifest = run.read_manifest(name)
-    if manifest is not None and (lacking := _KEYS - manifest.keys()):
-        raise UserError(
-            f"{run.manifest(name)}: no manifest, lacks {', '.join(sorted(lacking))}; delete it, "
-            "and its stage is completed again"
-        )
-    return manifest
 
 
 def standing(chain: Chain) -> dict[str, bool]:
@@ -85,27 +72,6 @@ def standing(chain: Chain) -> dict[str, bool]:
     return found
 
 
-def rests_on(chain: Chain, name: str) -> tuple[str, ...]:
-    """The stages that must be fresh for this one to be: its parents, or who let it pass."""
-    skipped = (_manifest(chain.run, name) or {}).get("skipped")
-    if skipped and skipped["by"] in chain.stages[name].unless:
-        return (skipped["by"],)
-    return chain.stages[name].parents
-
-
-# ---- decisions
-
-
-def skipped_by(chain: Chain, name: str) -> dict[str, str] | None:
-    """The decision that lets a stage pass, if there is one now.
-
-    Returns:
-        ``{"by": stage, "made": its id, "reason": in words}``, or None.
-    """
-    decided = (_decision(chain, other) for other in chain.stages[name].unless)
-    return next((found for found in decided if found is not None), None)
-
-
 def withdraw(chain: Chain) -> None:
     """Takes back decisions that are outdated, before anything rests on them."""
     deciding = {other for stage in chain.stages.values() for other in stage.unless}
@@ -114,12 +80,11 @@ def withdraw(chain: Chain) -> None:
             chain.run.manifest(name).unlink(missing_ok=True)
 
 
-def _decision(chain: Chain, name: str) -> dict[str, str] | None:
-    manifest = _manifest(chain.run, name)
-    if manifest is None or manifest["hash"] != chain.identity(name):
-        return None
-    reason = manifest.get("counts", {}).get("skip")
-    return {"by": name, "made": manifest["made"], "reason": str(reason)} if reason else None
+def pass_over(chain: Chain) -> None:
+    """Commits every stage that a decision lets pass; nobody may be at work on any of them."""
+    for name in chain.stages:
+        if skipped_by(chain, name) is not None and not fresh(chain, name):
+            check(chain, name)
 
 
 def refuse_changes(chain: Chain) -> None:
@@ -130,7 +95,7 @@ def refuse_changes(chain: Chain) -> None:
     """
     run = chain.run
     for name, stage in chain.stages.items():
-        kept = _manifest(run, name) or read_json(run.started(name))
+        kept = manifest_of(run, name) or read_json(run.started(name))
         if kept is None or kept["hash"] == chain.identity(name) or kept.get("skipped"):
             continue
         if not run.manifest(name).exists() and not list_folder(run.shards(name)).complete:

@@ -97,6 +97,8 @@ def submit(
         # What is queued may move on; where there is nothing of this run, nobody adds to it.
         mine = [job for job in facts.queue if job.name.startswith(prefix(run) + "-")]
         seen = None if mine else mine
+        if not mine:
+            gates.pass_over(chain)
         count = 0
         for _ in range(_ROUNDS):
             submission = _Submission(chain, profile, say, seen)

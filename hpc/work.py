@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hpc.context import RunContext, Signals
+from hpc.decisions import skipped_by
 from hpc.disk import told, write_atomic
 from hpc.errors import UserError
-from hpc.gates import DONE, REQUEUE, skipped_by
+from hpc.gates import DONE, REQUEUE
 from hpc.mapping import Pace, Worker
 from hpc.rundir import Chain
 from hpc.stages import Stage

@@ -83,6 +83,17 @@ def test_gates_pass_at_once_and_tell_which_jobs_nobody_needs(tmp_path: Path) -> 
     assert chain.run.started("told").exists()
 
 
+def test_what_needs_no_job_gets_none(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    counting.run(path, ("enough=doubles do",))
+    chain = counting.open_chain(path)
+    for name in ("more", "sum"):
+        chain.run.remove(name)
+    gates.pass_over(chain)
+    assert gates.fresh(chain, "more") and gates.fresh(chain, "sum")
+    assert (chain.run.read_manifest("told") or {})["parents"] != chain.made("told")
+
+
 def test_who_reads_what_may_pass_must_pass_with_it(tmp_path: Path) -> None:
     chain = counting.open_chain(tmp_path / "run", ("enough=not",))
     stages = {**chain.stages, "sum": dataclasses.replace(chain.stages["sum"], unless=())}
