@@ -121,6 +121,7 @@ class Chaos:
     draw: random.Random
     met: Counter[tuple[str, str]] = field(default_factory=Counter)
     resubmitted: Counter[str] = field(default_factory=Counter)
+    released: int = 0
     due: list[tuple[float, Callable[..., Any], tuple[Any, ...]]] = field(default_factory=list)
 
     def later(self, seconds: float, undo: Callable[..., Any], *words: Any) -> None:
@@ -208,12 +209,22 @@ class Chaos:
             self.again()
 
     def again(self) -> None:
-        """What a person does when nothing is left in the queue: submits again."""
-        stopped = self.run.dir.marked(STOPPED) is not None
-        if self.stage() and (stopped or not self.run.queue()):
+        """What a person does: releases what is held, submits again once the queue is empty."""
+        stopped, queued = self.run.dir.marked(STOPPED) is not None, self.run.queue()
+        if held := [job for job, _, reason, _ in queued if "held" in reason]:
+            self.release(held)
+        elif self.stage() and (stopped or not queued):
             wait_for(lambda: not self.run.queue(), say=self.run.say)
             self.resubmitted[self.stage()] += 1
             self.run.submit(check=False)
+
+    def release(self, held: list[str]) -> None:
+        """Takes nodes that Slurm has drained (a job's id twice, say) back, then their jobs."""
+        self.released += 1
+        said = self.cluster.run("sinfo", "-h", "-N", "-t", "drain", "-o", "%N", check=False).stdout
+        for node in set(said.split()):
+            self.cluster.mend(node)
+        self.cluster.run("scontrol", "release", *held, check=False)
 
     def count(self) -> dict[str, dict[str, int]]:
         """Records expected, lost and doubled, by stage."""
@@ -269,7 +280,10 @@ def table(met: Counter[tuple[str, str]]) -> str:
 def report(made: Chaos, seed: int) -> tuple[str, bool]:
     """What happened, and whether every record is there exactly once."""
     lines, good = [f"seed {seed}: {sum(made.met.values())} faults", table(made.met)], True
-    lines.append(f"submitted again by hand: {made.resubmitted.total()} times")
+    times = made.resubmitted.total()
+    lines.append(
+        f"by hand: submitted again {times} times, held jobs released {made.released} times"
+    )
     for stage, counts in made.count().items():
         lines.append(f"{stage}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
         good &= not (counts["lost"] or counts["doubled"] or counts["strange"])
@@ -289,6 +303,7 @@ def save(made: Chaos, seed: int, seconds: float, load: tuple[float, ...], good: 
         "faults": sum(made.met.values()),
         "met": [[fault, stage, count] for (fault, stage), count in sorted(made.met.items())],
         "submitted again": made.resubmitted.total(),
+        "released": made.released,
         "records": made.count(),
         "good": good,
     }
@@ -308,9 +323,9 @@ def page(found: dict[str, Any]) -> str:
         "`python -m tests.cluster.chaos --seeds … --faults 100 --save` on the test cluster: four",
         "nodes of a real Slurm on one machine. Records are those of all map stages together.",
         "",
-        "| seed | faults | submitted again by hand | records expected | lost | doubled | minutes "
-        "| load | commit |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| seed | faults | submitted again by hand | held jobs released by hand "
+        "| records expected | lost | doubled | minutes | load | commit |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for seed, one in found.items():
         sums = {
@@ -318,7 +333,7 @@ def page(found: dict[str, Any]) -> str:
             for what in ("expected", "lost", "doubled")
         }
         mark = " (changed)" if one["changed"] else ""
-        told = [seed, one["faults"], one["submitted again"], *sums.values()]
+        told = [seed, one["faults"], one["submitted again"], one["released"], *sums.values()]
         told += [f"{one['seconds'] / 60:.0f}", "–".join(map(str, one["load"]))]
         lines.append("| " + " | ".join(map(str, told)) + f" | {one['commit']}{mark} |")
     lines += ["", "Which fault met which stage, all seeds together:", "", "```", table(met), "```"]
