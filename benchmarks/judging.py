@@ -1,0 +1,212 @@
+"""How far the rules of the answer judge can be trusted, and how much they leave open.
+
+    python benchmarks/judging.py [--half dev] [--out FOLDER]
+
+Judges every pair of judging/pairs.jsonl by rule alone and compares with its label, which was
+set by hand before a rule was run on it. The questions are cut in two halves by a hash: rules
+may be mended on the dev half alone, the test half says what they are worth. Prints and writes
+results/judging.json and judging.md.
+
+Precision of *right*: of the answers that rules call right, the share that are. Recall of
+*right*: of the right answers, the share that rules call right. The same for *wrong*. *Left*:
+the share no rule decides, which goes to a language model. Intervals are 95 %, by resampling
+questions, since one question has several answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from insightv.assessment.rules import Decision, decide
+from insightv.evaluation.statistics import accuracy
+from insightv.records import Question
+
+HERE = Path(__file__).parent
+PAIRS = HERE / "judging" / "pairs.jsonl"
+HALVES = ("dev", "test")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A labelled pair and what the rules made of it."""
+
+    question: Question
+    given: str
+    right: bool
+    kind: str
+    half: str
+    decision: Decision
+
+    @property
+    def error(self) -> bool:
+        return self.decision.correct is not None and self.decision.correct != self.right
+
+
+def half_of(question: str) -> str:
+    """All answers to a question belong to one half."""
+    return HALVES[hashlib.sha256(question.encode()).digest()[0] % 2]
+
+
+def judge(path: Path) -> list[Judged]:
+    judged = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        row = json.loads(line)
+        question = Question(
+            key=f"judging:{half_of(row['question'])}:{number}",
+            text=row["question"],
+            pictures=(),
+            answer=row["truth"],
+            answer_type=row["type"],
+            options=tuple(row.get("options", ())),
+            task=row.get("task", ""),
+        )
+        decision = decide(question, row["given"])
+        half = half_of(question.text)
+        judged.append(Judged(question, row["given"], row["right"], row["kind"], half, decision))
+    return judged
+
+
+def measures(judged: Sequence[Judged]) -> dict[str, Any]:
+    """Shares with their intervals; None where there is nothing to take a share of."""
+
+    def share(
+        among: Callable[[Judged], bool], of: Callable[[Judged], bool]
+    ) -> dict[str, float | int] | None:
+        rows = [row for row in judged if among(row)]
+        if not rows:
+            return None
+        found = accuracy([of(row) for row in rows], [row.question.text for row in rows])
+        ends = {"low": round(found.low, 4), "high": round(found.high, 4)}
+        return {"value": round(found.value, 4), **ends, "n": len(rows)}
+
+    def called(outcome: bool) -> Callable[[Judged], bool]:
+        return lambda row: row.decision.correct is outcome
+
+    def labelled(outcome: bool) -> Callable[[Judged], bool]:
+        return lambda row: row.right is outcome
+
+    return {
+        "n": len(judged),
+        "questions": len({row.question.text for row in judged}),
+        "errors": sum(row.error for row in judged),
+        "left": share(lambda _: True, lambda row: row.decision.correct is None),
+        "right": {
+            "precision": share(called(True), labelled(True)),
+            "recall": share(labelled(True), called(True)),
+        },
+        "wrong": {
+            "precision": share(called(False), labelled(False)),
+            "recall": share(labelled(False), called(False)),
+        },
+    }
+
+
+def tables(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The measures of each half, each type of answer, each kind and each deciding rule."""
+    split: dict[str, dict[str, list[Judged]]] = defaultdict(lambda: defaultdict(list))
+    for row in judged:
+        split["half"][row.half].append(row)
+        split["half"]["both"].append(row)
+        split["answer type"][row.question.answer_type].append(row)
+        split["kind"][row.kind].append(row)
+        split["rule"][row.decision.rule].append(row)
+    return {
+        by: {name: measures(rows) for name, rows in sorted(groups.items())}
+        for by, groups in split.items()
+    }
+
+
+def errors(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    return [
+        {
+            "half": row.half,
+            "type": row.question.answer_type,
+            "kind": row.kind,
+            "question": row.question.text,
+            "truth": row.question.answer,
+            "given": row.given,
+            "label": "right" if row.right else "wrong",
+            "rules": "right" if row.decision.correct else "wrong",
+            "rule": row.decision.rule,
+        }
+        for row in judged
+        if row.error
+    ]
+
+
+def render(result: dict[str, Any]) -> str:
+    """The tables in Markdown."""
+
+    def shown(share: dict[str, Any] | None) -> str:
+        if share is None:
+            return "–"
+        value, low, high = (f"{100 * share[name]:.0f}" for name in ("value", "low", "high"))
+        return f"{value} % [{low}, {high}]"
+
+    lines = [
+        "<!-- Written by benchmarks/judging.py. -->",
+        f"{result['pairs']} pairs; math-verify {result['math-verify'] or 'not installed'}.",
+    ]
+    for by, rows in result["tables"].items():
+        lines += [
+            "",
+            f"| {by} | pairs | errors | left to the LLM "
+            "| *right*: precision | recall | *wrong*: precision | recall |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, row in rows.items():
+            cells = [row["left"]]
+            cells += [row[side][what] for side in ("right", "wrong") for what in row[side]]
+            told = " | ".join(map(shown, cells))
+            lines.append(f"| {name} | {row['n']} | {row['errors']} | {told} |")
+    lines += ["", "Every error:", ""]
+    lines += ["| half | question | truth | given | label | rules say |", "|---|---|---|---|---|---|"]
+    for row in result["errors"]:
+        cells = [row["half"], row["question"], row["truth"], row["given"], row["label"]]
+        cells.append(f"{row['rules']} (`{row['rule']}`)")
+        lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ⏎ ") for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--half", choices=HALVES, help="look at one half only, and write nothing")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    asked = parser.parse_args()
+    judged = judge(PAIRS)
+    if asked.half:
+        judged = [row for row in judged if row.half == asked.half]
+        undecided = Counter(r.decision.detail for r in judged if r.decision.correct is None)
+        print("left open:", *(f"{n} {why}" for why, n in undecided.most_common()), sep="\n  ")
+    result = {
+        "pairs": len(judged),
+        "math-verify": version("math-verify"),
+        "tables": tables(judged),
+        "errors": errors(judged),
+    }
+    text = render(result)
+    print(text)
+    if not asked.half:
+        (asked.out / "judging.json").write_text(
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (asked.out / "judging.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
