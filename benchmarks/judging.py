@@ -1,11 +1,12 @@
 """How far the rules of the answer judge can be trusted, and how much they leave open.
 
-    python benchmarks/judging.py [--half dev] [--out FOLDER]
+    python benchmarks/judging.py [--part dev] [--out FOLDER]
 
-Judges every pair of judging/pairs.jsonl by rule alone and compares with its label, which was
-set by hand before a rule was run on it. The questions are cut in two halves by a hash: rules
-may be mended on the dev half alone, the test half says what they are worth. Prints and writes
-results/judging.json and judging.md.
+Judges every labelled pair by rule alone and compares with its label, which was set by hand
+before a rule was run on it. judging/first.jsonl is cut in two by a hash of the question: rules
+were mended on ``dev``, then run on ``test``, and what that told was mended too. So
+judging/fresh.jsonl was labelled after that: no rule was changed since it was first judged, and
+``fresh`` says what the rules are worth. Prints and writes results/judging.json and judging.md.
 
 Precision of *right*: of the answers that rules call right, the share that are. Recall of
 *right*: of the right answers, the share that rules call right. The same for *wrong*. *Left*:
@@ -30,8 +31,8 @@ from insightv.evaluation.statistics import accuracy
 from insightv.records import Question
 
 HERE = Path(__file__).parent
-PAIRS = HERE / "judging" / "pairs.jsonl"
-HALVES = ("dev", "test")
+FIRST, FRESH = HERE / "judging" / "first.jsonl", HERE / "judging" / "fresh.jsonl"
+PARTS = ("dev", "test", "fresh")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Judged:
     given: str
     right: bool
     kind: str
-    half: str
+    part: str
     decision: Decision
 
     @property
@@ -50,17 +51,20 @@ class Judged:
         return self.decision.correct is not None and self.decision.correct != self.right
 
 
-def half_of(question: str) -> str:
-    """All answers to a question belong to one half."""
-    return HALVES[hashlib.sha256(question.encode()).digest()[0] % 2]
+def part_of(path: Path, question: str) -> str:
+    """All answers to a question belong to one part."""
+    if path == FRESH:
+        return "fresh"
+    return PARTS[hashlib.sha256(question.encode()).digest()[0] % 2]
 
 
 def judge(path: Path) -> list[Judged]:
     judged = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         row = json.loads(line)
+        part = part_of(path, row["question"])
         question = Question(
-            key=f"judging:{half_of(row['question'])}:{number}",
+            key=f"judging:{part}:{number}",
             text=row["question"],
             pictures=(),
             answer=row["truth"],
@@ -69,8 +73,7 @@ def judge(path: Path) -> list[Judged]:
             task=row.get("task", ""),
         )
         decision = decide(question, row["given"])
-        half = half_of(question.text)
-        judged.append(Judged(question, row["given"], row["right"], row["kind"], half, decision))
+        judged.append(Judged(question, row["given"], row["right"], row["kind"], part, decision))
     return judged
 
 
@@ -110,11 +113,11 @@ def measures(judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def tables(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The measures of each half, each type of answer, each kind and each deciding rule."""
+    """The measures of each part, each type of answer, each kind and each deciding rule."""
     split: dict[str, dict[str, list[Judged]]] = defaultdict(lambda: defaultdict(list))
     for row in judged:
-        split["half"][row.half].append(row)
-        split["half"]["both"].append(row)
+        split["part"][row.part].append(row)
+        split["part"]["all"].append(row)
         split["answer type"][row.question.answer_type].append(row)
         split["kind"][row.kind].append(row)
         split["rule"][row.decision.rule].append(row)
@@ -127,7 +130,7 @@ def tables(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
 def errors(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     return [
         {
-            "half": row.half,
+            "part": row.part,
             "type": row.question.answer_type,
             "kind": row.kind,
             "question": row.question.text,
@@ -168,11 +171,12 @@ def render(result: dict[str, Any]) -> str:
             told = " | ".join(map(shown, cells))
             lines.append(f"| {name} | {row['n']} | {row['errors']} | {told} |")
     lines += ["", "Every error:", ""]
-    lines += ["| half | question | truth | given | label | rules say |", "|---|---|---|---|---|---|"]
+    lines += ["| part | question | truth | given | label | rules say |", "|---|---|---|---|---|---|"]
     for row in result["errors"]:
-        cells = [row["half"], row["question"], row["truth"], row["given"], row["label"]]
+        cells = [row["part"], row["question"], row["truth"], row["given"], row["label"]]
         cells.append(f"{row['rules']} (`{row['rule']}`)")
-        lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ⏎ ") for c in cells) + " |")
+        told = (cell.replace("|", "\\|").replace("\n", " ⏎ ") for cell in cells)
+        lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -185,12 +189,12 @@ def version(package: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--half", choices=HALVES, help="look at one half only, and write nothing")
+    parser.add_argument("--part", choices=PARTS, help="look at one part only, and write nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()
-    judged = judge(PAIRS)
-    if asked.half:
-        judged = [row for row in judged if row.half == asked.half]
+    judged = judge(FIRST) + judge(FRESH)
+    if asked.part:
+        judged = [row for row in judged if row.part == asked.part]
         undecided = Counter(r.decision.detail for r in judged if r.decision.correct is None)
         print("left open:", *(f"{n} {why}" for why, n in undecided.most_common()), sep="\n  ")
     result = {
@@ -201,7 +205,7 @@ def main() -> None:
     }
     text = render(result)
     print(text)
-    if not asked.half:
+    if not asked.part:
         (asked.out / "judging.json").write_text(
             json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )

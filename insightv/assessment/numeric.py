@@ -8,13 +8,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from insightv.assessment.decision import UNDECIDED, Decision, RuleConfig, is_formula, normal
-from insightv.assessment.quantities import Quantity, quantities, ratio, tidy
+from insightv.assessment.quantities import SUPERSCRIPTS, Quantity, quantities, ratio, tidy
 from insightv.records import Question
 
 LATEX_SECONDS = 3
 """Time math-verify has for each of its steps."""
 _SIGN = re.compile(r"=|≈|→|\b(?:therefore|thus|hence|so|equals)\b", re.I)
 _VERB = re.compile(r"\s*(?:is|are|was|were)\b", re.I)
+_RAISED = "".join(map(chr, SUPERSCRIPTS))
+_SIGNS = {
+    "π": "\\pi ",
+    "≤": "\\le ",
+    "≥": "\\ge ",
+    "≠": "\\ne ",
+    "×": "\\times ",
+    "·": "\\cdot ",
+    "∞": "\\infty ",
+    "∪": "\\cup ",
+    "∈": "\\in ",
+    "±": "\\pm ",
+    "−": "-",
+    "°": "^\\circ ",
+}
 _WORDS = re.compile(r"\b[A-Za-z]{2,}\b")
 _NOTHING = re.compile(r"(?:none|nothing|nobody|no one|no|zero|nil)(?: of (?:the )?\w+)?")
 _VAGUE = re.compile(r"\b(?:all|both|each|every|couple|pair|few|several|many|single|once|twice)\b")
@@ -120,7 +135,7 @@ def equal(question: Question, truth: Quantity, given: Quantity, config: RuleConf
             return None if close(value, other) else False
         other *= factor
     asks = question.text.lower()
-    asks_percent = "percent" in asks or "%" in asks
+    asks_percent = ("percent" in asks or "%" in asks) and "percentage point" not in asks
     if close(value, other):
         clash = given.percent and not truth.percent and not asks_percent
         return None if clash else True
@@ -169,7 +184,8 @@ def latex(question: Question, text: str) -> Decision | None:
         # Its time limit is a signal, and without one "10^{10^{10}}" never ends.
         return Decision(None, UNDECIDED, "LaTeX outside the main thread")
     prose = len(_WORDS.findall(re.sub(r"\\[A-Za-z]+|\$[^$]*\$", " ", text))) > 1
-    gold = parse(f"${question.answer.strip('$')}$", parsing_timeout=LATEX_SECONDS)
+    answer, text = _in_latex(question.answer.strip("$")), _in_latex(text)
+    gold = parse(f"${answer}$", parsing_timeout=LATEX_SECONDS)
     given = parse(text if prose else f"${text.strip('$')}$", parsing_timeout=LATEX_SECONDS)
     if verify(gold, given, timeout_seconds=LATEX_SECONDS):
         return Decision(True, "math-verify")
@@ -180,6 +196,17 @@ def latex(question: Question, text: str) -> Decision | None:
     if prose or _kind(gold[0]) != _kind(given[0]):
         return Decision(None, UNDECIDED, "LaTeX in words, or of another form")
     return Decision(False, "math-verify")
+
+
+def _in_latex(text: str) -> str:
+    """A formula with the signs of Unicode spelt as LaTeX, which is all math-verify reads."""
+    text = re.sub(f"([{_RAISED}]+)", lambda m: "^{" + m[1].translate(SUPERSCRIPTS) + "}", text)
+    text = re.sub(r"√\s*(\d+(?:\.\d+)?|[A-Za-z])|√\s*\(([^()]*)\)", _root, text)
+    return re.sub(f"[{''.join(_SIGNS)}]", lambda m: _SIGNS[m[0]], text)
+
+
+def _root(match: re.Match[str]) -> str:
+    return "\\sqrt{" + (match[1] or match[2]) + "}"
 
 
 def _kind(expression: Any) -> str:

@@ -101,13 +101,19 @@ _PARTS = {
     **dict.fromkeys(("third", "thirds"), 3),
     **dict.fromkeys(("quarter", "quarters", "fourths"), 4),
     **dict.fromkeys(("fifth", "fifths"), 5),
+    **dict.fromkeys(("sixth", "sixths"), 6),
+    **dict.fromkeys(("seventh", "sevenths"), 7),
+    **dict.fromkeys(("eighth", "eighths"), 8),
+    **dict.fromkeys(("ninth", "ninths"), 9),
     **dict.fromkeys(("tenth", "tenths"), 10),
+    **dict.fromkeys(("hundredth", "hundredths"), 100),
 }
 
 _NAMED = sorted((unit for unit in UNITS if unit[0].isalpha()), key=len, reverse=True)
 _UNIT = "|".join(map(re.escape, _NAMED))
 _SPELT = "|".join(unit for unit in _NAMED if unit.isalpha() and len(unit) > 2)
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+"""Raised digits and what they are on the line."""
 _CORE = (
     r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])"  # 1,234.5
     r"|\d{1,3}(?:\.\d{3})+,\d+(?!\d)"  # 1.234,5
@@ -151,7 +157,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\(?:times|cdot)\b|(?<=\d)\s?[·⋅]\s?(?=10)", "×", text)
     text = re.sub(r"\^?\s*\{?\\circ\b\}?|º", "°", text)
     text = re.sub(r"\\([%$,;! ])", lambda m: m[1] if m[1] in "%$" else " ", text)
-    text = re.sub(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda m: "^" + m[1].translate(_SUPERSCRIPTS), text)
+    text = re.sub(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda m: "^" + m[1].translate(SUPERSCRIPTS), text)
     text = re.sub(r"(?<=\d)(?=[½⅓⅔¼¾⅕⅖⅗⅘⅛])", " ", text)
     text = unicodedata.normalize("NFKC", text)
     text = text.replace("⁄", "/").replace("−", "-").replace("’", "'")

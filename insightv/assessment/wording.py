@@ -96,6 +96,8 @@ def listing(question: Question, text: str, config: RuleConfig) -> Decision:
     """Item by item, in order where the task asks for one; also inside a sentence."""
     ordered = re.split(r"\W", question.task or " ")[0] in config.ordered_tasks
     truth = [normal(item) for item in question.answer.split(", ")]
+    if len(truth) == 1:  # "France and Spain"
+        truth = _items(question.answer) or truth
     candidates = [_items(text)]
     if ":" in text:
         candidates.append(_items(text.rsplit(":", 1)[1]))
