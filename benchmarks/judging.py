@@ -122,9 +122,14 @@ def tables(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
         split["kind"][row.kind].append(row)
         split["rule"][row.decision.rule].append(row)
     return {
-        by: {name: measures(rows) for name, rows in sorted(groups.items())}
+        by: {name: measures(groups[name]) for name in sorted(groups, key=_place)}
         for by, groups in split.items()
     }
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Parts in the order they were labelled; everything else by name."""
+    return (PARTS.index(name) if name in PARTS else len(PARTS)), name
 
 
 def errors(judged: Sequence[Judged]) -> list[dict[str, Any]]:
@@ -171,7 +176,10 @@ def render(result: dict[str, Any]) -> str:
             told = " | ".join(map(shown, cells))
             lines.append(f"| {name} | {row['n']} | {row['errors']} | {told} |")
     lines += ["", "Every error:", ""]
-    lines += ["| part | question | truth | given | label | rules say |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| part | question | truth | given | label | rules say |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in result["errors"]:
         cells = [row["part"], row["question"], row["truth"], row["given"], row["label"]]
         cells.append(f"{row['rules']} (`{row['rule']}`)")

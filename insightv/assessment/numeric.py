@@ -168,10 +168,9 @@ def latex(question: Question, text: str) -> Decision | None:
     formula = re.compile(r"\\(?:frac|sqrt|pi|left|begin|cdot|times|log|sin|cos|infty)|\^")
     if question.answer_type not in ("number", "text"):
         return None
-    involved = formula.search(question.answer)
-    if question.answer_type == "text":
-        involved = is_formula(question.answer)
-    if not involved and (question.answer_type == "text" or not formula.search(text)):
+    is_text = question.answer_type == "text"
+    involved = is_formula(question.answer) if is_text else formula.search(question.answer)
+    if not involved and (is_text or not formula.search(text)):
         return None
     strange = re.search(r"\\(?!d?frac|times|cdot|text|circ)|[√π]", text)
     if question.answer_type == "number" and not strange and len(quantities(tidy(text))) == 1:
