@@ -30,8 +30,8 @@ class Decision:
         correct: None where nothing could be decided.
         rule: What decided: ``exact``, ``number``, ``choice-letter``, ``choice-text``,
             ``yes-no``, ``list``, ``label``, ``text``, ``code``, ``date``, ``math-verify``,
-            ``empty``, ``refusal``, ``llm``, ``undecided``; ``no-number`` and ``no-match`` when the answer holds nothing of the
-            kind asked for.
+            ``empty``, ``refusal``, ``llm``, ``undecided``; ``no-number``
+            and ``no-match`` when the answer holds nothing of the kind asked for.
         detail: Why, in a few words.
     """
 
