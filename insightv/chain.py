@@ -22,6 +22,7 @@ from insightv.config import NONE, ChainConfig, ModelConfig, folders
 from insightv.evaluation.answering import EntryConfig
 from insightv.generation import GenerationConfig
 from insightv.payloads import ROLES, MakeSet, Source
+from insightv.questions import making
 
 ENTRIES = {
     "base": ("direct", "base", ""),
@@ -135,8 +136,31 @@ class _Stages:
             "seed": self.config.seed if split == "train" else asked["held_out_seed"],
             "per_shard": asked["per_shard"],
         }
+        outputs = [f"stages/{name}/pictures"]
+        if asked["mappings"]:
+            shape["read"] = making.shape(self.config.questions, split)
+            outputs.append(f"stages/{name}/{making.DROPPED}")
         run = payloads.questions(self.config, split)
-        return self._job(name, config=shape, run=run, outputs=(f"stages/{name}/pictures",))
+        return self._job(name, config=shape, run=run, outputs=tuple(outputs))
+
+    def _direct(self) -> str:
+        """The generator's answers without reasoning, which tell what is hard."""
+        asked, name = self.config.questions, "hard-direct"
+        entry = EntryConfig("hard", "direct", reasoning_model="generator", answer=asked.direct)
+        entry.validate()
+        return self._map(
+            name,
+            inputs={"questions": "questions-train"},
+            config={
+                "seed": self.config.seed,
+                "entry": shaping(entry),
+                "sets": list(asked.hard),
+                "by": self.generator.shape,
+                "judge": shaping(self.config.judge),
+                "judged by": self._referee(),
+            },
+            load=payloads.direct(self.config, entry, self.generator, self.judge),
+        )
 
     def _paths(self, prefix: str, source: Source, sampling: GenerationConfig, number: int) -> None:
         """Generation, verdicts and scores of one round, named ``<prefix>-…``."""
@@ -156,9 +180,12 @@ class _Stages:
         }
         if answerer is not None:
             shape |= {"answers by": answerer.shape, "judging": judging}
+        hard = config.questions.hard
+        if hard:
+            shape["hard"] = list(hard)
         self._map(
             generate,
-            inputs=inputs,
+            inputs=inputs | ({"direct": self._direct()} if hard else {}),
             after=_stages(source, answerer),
             config=shape,
             load=payloads.generate(config, source, sampling, number, answerer, judging),

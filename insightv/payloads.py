@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,38 +94,47 @@ def questions(config: ChainConfig, split: str) -> Run:
 
     def run(context: Context) -> Counts:
         from insightv.demo.sets import make_questions
+        from insightv.questions.making import make_read, told_of
 
         counts: Counter[str] = Counter()
 
         def groups(writer: PictureWriter) -> Iterator[tuple[str, list[Row]]]:
-            total = sum(
-                getattr(getattr(config.questions, name), split)
-                for name in ("charts", "reading", "shapes")
-            )
-            for question in make_questions(split, config.questions, config.seed, writer):
+            total = sum(config.questions.asked(split).values())
+            drawn = make_questions(split, config.questions, config.seed, writer)
+            read = make_read(config, split, context.directory, writer, counts)
+            for done, question in enumerate(chain(drawn, read), 1):
                 counts[question.benchmark] += 1
-                context.progress(counts.total(), total)
+                context.progress(done, max(total, done))
                 yield question.key, [question.to_json()]
 
         with PictureWriter(context.directory / "pictures") as writer:
             shards = context.directory / "shards"
-            write_groups(shards, groups(writer), config.questions.per_shard)
-        if not counts:
-            raise UserError(f"questions: the sizes of the {split} split are all 0; give some")
+            made = write_groups(shards, groups(writer), config.questions.per_shard)
+        if not made:
+            told = f" ({told_of(counts)})" if counts else ""
+            raise UserError(f"questions: the {split} split has none{told}; give sizes or mend sets")
         return dict(counts)
 
     return run
 
 
 class _Only:
-    """Passes the questions of some sets on to a mapper; the others give no rows."""
+    """Passes some questions on to a mapper: of some sets, and hard ones; others give no rows.
 
-    def __init__(self, mapper: Mapper, names: Sequence[str]):
-        self.mapper, self.names = mapper, tuple(names)
+    Hard are those whose direct answer was judged wrong; one that nobody could judge is not,
+    since nobody could judge its paths either.
+    """
+
+    def __init__(self, mapper: Mapper, names: Sequence[str], hard: Sequence[str] = ()):
+        self.mapper, self.names, self.hard = mapper, tuple(names), tuple(hard)
         self.concurrency = mapper.concurrency
 
     async def __call__(self, key: str, inputs: Mapping[str, list[Row]]) -> list[Row]:
-        return await self.mapper(key, inputs) if key.split(":", 1)[0] in self.names else []
+        name = key.split(":", 1)[0]
+        direct = inputs.get("direct", [])
+        if name in self.hard and not any(row["correct"] is False for row in direct):
+            return []
+        return await self.mapper(key, inputs) if name in self.names else []
 
     async def close(self) -> None:
         await self.mapper.close()
@@ -161,9 +170,15 @@ def generate(
             drawn = sampling.answer.sampling()
             agent = (SummaryAgent if judging else FinalAgent)(other, answerer.texts, drawn)
         mapper = Generate(sampling, engine, source.texts, config.seed, number, agent)
-        return _Only(mapper, config.questions.reasoned)
+        return _Only(mapper, config.questions.reasoned, config.questions.hard)
 
     return load
+
+
+def direct(config: ChainConfig, entry: EntryConfig, source: Source, referee: Source | None) -> Load:
+    """Questions of sets of which only the hard ones count → the generator's direct answers."""
+    answers = answer(config, entry, source, None, referee)
+    return lambda context: _Only(answers(context), config.questions.hard)
 
 
 def score(config: ChainConfig, source: Source) -> Load:

@@ -19,6 +19,7 @@ from hpc.retention import size
 from hpc.rundir import Chain, RunDir
 from insightv.chain import ENTRIES
 from insightv.config import SETS, ChainConfig, model_folder
+from insightv.demo.sets import Sizes
 
 _SPLITS = ("train", "validation", "test")
 _SHARDS = 8  # enough to see how much they differ
@@ -39,10 +40,12 @@ def small(config: ChainConfig, share: float, floor: int) -> ChainConfig:
     if not 0 < share <= 1 or floor < 0:
         raise UserError(f"share {share:g}, floor {floor}: give a share up to 1 and 0 or more")
     made = copy.deepcopy(config)
-    for name in SETS:
-        sizes = getattr(made.questions, name)
-        for split in _SPLITS:
-            whole = getattr(sizes, split)
+    for split in _SPLITS:
+        for name, whole in config.questions.asked(split).items():
+            if name in SETS:
+                sizes = getattr(made.questions, name)
+            else:
+                sizes = made.questions.take.setdefault(name, Sizes())
             setattr(sizes, split, min(whole, max(math.ceil(whole * share), floor)))
     total = _questions(made, "train")
     made.questions.per_shard = max(min(config.questions.per_shard, -(-total // _SHARDS)), 1)
@@ -77,7 +80,8 @@ def _units(config: ChainConfig, name: str) -> float:
 def _paths(config: ChainConfig, prefix: str, what: str) -> float:
     """Paths of a round, or behind its pairs."""
     rounds = config.rounds
-    reasoned = sum(getattr(config.questions, name).train for name in config.questions.reasoned)
+    asked = config.questions.asked("train")
+    reasoned = sum(asked[name] for name in config.questions.reasoned)
     if prefix == "r0":
         return reasoned * config.generation.paths
     if prefix == "dpo" and rounds.single_paths:
@@ -87,7 +91,7 @@ def _paths(config: ChainConfig, prefix: str, what: str) -> float:
 
 
 def _questions(config: ChainConfig, split: str) -> int:
-    return sum(getattr(getattr(config.questions, name), split) for name in SETS)
+    return sum(config.questions.asked(split).values())
 
 
 def _seen(training: Any, samples: float) -> float:

@@ -96,6 +96,11 @@ def leaves(config: object, prefix: str = ""):
 
 # Only one held-out split is in a chain; these are sizes of the other.
 SILENT = {f"questions.{name}.validation" for name in ("charts", "reading", "shapes")}
+# Read only where `questions.hard` names a set.
+SILENT |= {
+    f"questions.direct.{name}"
+    for name in ("temperature", "top_p", "repetition_penalty", "max_tokens")
+}
 
 
 def test_every_hashed_number_changes_a_stage_and_no_other_does(tmp_path):

@@ -461,6 +461,44 @@ def test_webdataset(tmp_path, mode):
     assert count_questions(web(), "train", Place(tmp_path)) == 4 and len(pictures) == 2
 
 
+def test_easy_vqa_as_a_web_dataset(tmp_path):
+    from insightv.demo.shapes import easy_vqa_rows
+
+    rows = list(easy_vqa_rows("test"))[:300]
+    samples = [
+        {"png": path.read_bytes(), "json": json.dumps({"question": q, "answer": a}).encode()}
+        for q, a, path in rows
+    ]
+    tar(tmp_path / "own/0.tar", samples[:150])
+    tar(tmp_path / "own/1.tar", samples[150:])
+    asked, dropped, pictures = read(web(), tmp_path)
+    assert not dropped and [(q.text, q.answer) for q in asked] == [(q, a) for q, a, _ in rows]
+    assert {q.answer_type for q in asked} == {"yes_no", "text"}
+    assert set(pictures.values()) == {path.read_bytes() for _, _, path in rows}
+
+
+# ---- the hub
+
+
+def test_the_hub_is_read_only_where_it_may_be_and_at_a_commit(tmp_path, monkeypatch):
+    """`datasets` streams a repository's folder just as it streams the hub."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    chartqa(tmp_path, "train", [(picture(n), f"{n}?", [str(n)], n % 2) for n in range(5)])
+    mapping = load_set(CONFIGS / "chartqa.yaml", [f"hub={tmp_path}/ChartQA", "path=elsewhere"])
+    with pytest.raises(UserError, match="questions.network=true"):
+        read(mapping, tmp_path)
+    open_place = Place(tmp_path, network=True)
+    found = list(read_questions(mapping, "train", open_place, Sink(), size=4))
+    assert [item.question.answer for item in found] == ["0", "1", "2", "3"]
+    assert [item.question.task for item in found] == ["human", "machine"] * 2
+    mapping.revision = ""
+    with pytest.raises(UserError, match="give revision"):
+        list(read_questions(mapping, "train", open_place, Sink()))
+    mapping.revision, mapping.hub = "x", f"{tmp_path}/nothing"
+    with pytest.raises(UserError, match="the hub does not give"):
+        list(read_questions(mapping, "train", open_place, Sink()))
+
+
 # ---- what users get wrong
 
 
