@@ -1,10 +1,23 @@
-"""What did not run is said aloud, and is a failure where CI is set."""
+"""What did not run is said aloud, and is a failure where CI is set; what runs side by side."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 _NAMES = ("1", "true", "yes")
+_TOGETHER = ("cluster", "containers")
+"""Folders whose tests share something there is one of: a Slurm, an image."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of a file stay in one process, as their fixtures are made once a file."""
+    tests = Path(__file__).parent
+    for item in items:
+        where = item.path.relative_to(tests)
+        group = where.parts[0] if where.parts[0] in _TOGETHER else str(where)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _ci() -> bool:
