@@ -9,11 +9,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hpc.config import unhashed
+from hpc.config import unhashed, unhashed_factory
 from hpc.errors import UserError
+from insightv.training.megatron.layout import Layout
 
 TERMS = ("sigmoid", "ipo", "bco", "sft")
 """The terms a preference objective may weigh; `insightv.training.objectives` defines them."""
+
+BACKENDS = ("torch", "deepspeed", "megatron")
+"""What holds the model; `insightv.training.backend` says what each of them must do."""
+
+
+@dataclass
+class DeepSpeedConfig:
+    """How ZeRO cuts a model over ranks; no choice here changes a result.
+
+    Attributes:
+        zero_stage: 1 cuts optimizer states over ranks, 2 gradients as well, 3 weights as well.
+        offload: Keep optimizer states in the memory of the node.
+    """
+
+    zero_stage: int = unhashed(2)
+    offload: bool = unhashed(False)
 
 
 @dataclass
@@ -28,7 +45,8 @@ class TrainConfig:
         schedule: ``cosine`` (to ``final_lr_ratio`` of the peak) or ``constant``; both warm up.
         warmup: Share of all steps over which the rate rises linearly.
         final_lr_ratio: What the cosine ends at, as a share of the peak.
-        weight_decay: AdamW's, on every trained tensor.
+        optimizer: ``adamw``, or ``sgd`` without momentum, for comparisons.
+        weight_decay: The optimizer's, on every trained tensor.
         beta1: AdamW's first decay.
         beta2: AdamW's second decay.
         grad_clip: Largest global gradient norm; 0 is no limit.
@@ -48,6 +66,11 @@ class TrainConfig:
         keep: How many checkpoints stay.
         picture_cache_mb: Memory for prepared pictures.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        backend: ``torch`` (one device), ``deepspeed`` (ZeRO over many) or ``megatron`` (tensor
+            and pipeline parallel). In fp32 they compute the same; in bf16 they round in
+            different places, and a checkpoint of one is no other's.
+        megatron: How the megatron backend lays the model over ranks.
+        deepspeed: How the deepspeed backend does.
     """
 
     epochs: int = 1
@@ -57,6 +80,7 @@ class TrainConfig:
     schedule: str = "cosine"  # paper
     warmup: float = 0.05  # paper
     final_lr_ratio: float = 0.0
+    optimizer: str = "adamw"
     weight_decay: float = 0.0  # paper
     beta1: float = 0.9
     beta2: float = 0.999
@@ -73,6 +97,9 @@ class TrainConfig:
     keep: int = unhashed(2)
     picture_cache_mb: int = unhashed(512)
     device: str = unhashed("auto")
+    backend: str = "torch"
+    megatron: Layout = unhashed_factory(Layout)
+    deepspeed: DeepSpeedConfig = unhashed_factory(DeepSpeedConfig)
 
     def validate(self, name: str = "") -> None:
         """Checks every value; ``name`` is the section's, for the message.
@@ -86,6 +113,8 @@ class TrainConfig:
         _choice(f"{section}schedule", self.schedule, ("cosine", "constant"))
         _choice(f"{section}precision", self.precision, ("bf16", "fp32"))
         _choice(f"{section}device", self.device, ("auto", "cpu", "cuda"))
+        _choice(f"{section}optimizer", self.optimizer, ("adamw", "sgd"))
+        _choice(f"{section}backend", self.backend, BACKENDS)
         for name in ("epochs", "batch_size", "max_length", "tokens_per_micro_batch", "keep"):
             _least(f"{section}{name}", getattr(self, name), 1)
         for name in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,12 @@ def _construct(out: Path, layout: Any) -> None:
     out.write_text(json.dumps(runpy.run_path(str(script))["construct"](*layout)))
 
 
-def spawn(work: Any, folder: Path, *arguments: Any) -> None:
-    """Runs ``work(rank, folder, *arguments)`` on `WORLD` ranks; raises what a rank raised."""
+def spawn(work: Any, folder: Path, *arguments: Any, dies: bool = False) -> None:
+    """Runs ``work(rank, folder, *arguments)`` on `WORLD` ranks; raises what a rank raised.
+
+    ``dies`` says that rank 1 kills itself.
+    """
+    (folder / "store").unlink(missing_ok=True)
     context = _processes()
     ranks = [
         context.Process(target=_rank, args=(work, rank, folder, arguments)) for rank in range(WORLD)
@@ -83,11 +88,14 @@ def spawn(work: Any, folder: Path, *arguments: Any) -> None:
             for rank in ranks:
                 rank.join(0.2)
             if any(rank.exitcode for rank in ranks):
-                break
+                break  # as torchrun and srun do
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
+    if dies:
+        assert ranks[1].exitcode == -signal.SIGKILL
+        return
     errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
     assert not errors, errors[0]
     assert [rank.exitcode for rank in ranks] == [0] * WORLD
@@ -202,7 +210,7 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
     from insightv.training.megatron.families import shape_of
     from insightv.training.megatron.layout import Layout
     from insightv.training.megatron.model import build, initialise, logprobs
-    from insightv.training.megatron.optimizer import Adam
+    from insightv.training.megatron.optimizer import Optimizer
     from insightv.training.megatron.schedule import forward_backward, replicate
     from insightv.training.megatron.weights import export, load
 
@@ -215,7 +223,7 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
         pieces = build(config, layout, dtype)
         load(pieces, config, layout, case.folder)
         models = replicate(pieces, distributed_optimizer=True)
-        optimizer = Adam(models, RATE, clip=CLIP)
+        optimizer = Optimizer(models, RATE, clip=CLIP)
         if start:
             optimizer.resume(pieces, shape, layout, folder / name.partition(":")[0] / "state")
         copy = parallel_state.get_data_parallel_rank()
@@ -247,6 +255,79 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
             numbers = {"losses": torch.stack(losses), "norms": torch.tensor(norms)}
             save_file(numbers, out / f"losses-{copy}.safetensors")
         parallel_state.destroy_model_parallel()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training by `insightv.training.trainer`.
+
+    Attributes:
+        name: Its folder; where one is there already, that training goes on.
+        layout: One of `LAYOUTS`.
+        config: Keys of the training.
+        pairs: Whether it is DPO.
+        stop_at: Asked to stop after so many steps of this run.
+        kill: ``before``, ``during`` or ``after`` the save behind step 3: rank 1 kills itself.
+    """
+
+    name: str
+    layout: str
+    config: dict[str, Any]
+    pairs: bool = False
+    stop_at: int = 0
+    kill: str = ""
+
+
+def trainings(rank: int, folder: Path, base: Path, runs: list[Run]) -> None:
+    """Trainings one after the other; rows, pictures and the reference's digest in ``folder``."""
+    import json
+
+    from training_case import Here
+
+    from insightv.pictures import Pictures
+    from insightv.training.config import DPOConfig, SFTConfig
+    from insightv.training.megatron.layout import Layout
+    from insightv.training.trainer import train_dpo, train_sft
+
+    made = json.loads((folder / "data.json").read_text())
+    pictures = Pictures([folder / "pictures"])
+    for run in runs:
+        place, layout = folder / run.name, Layout(**LAYOUTS[run.layout])
+        values = {"backend": "megatron", "megatron": layout, **run.config}
+        common = (pictures, place / "model", Here(place / "stage", run.stop_at))
+        if run.kill and rank == 1:
+            _die(run.kill)
+        if run.pairs:
+            train_dpo(DPOConfig(**values), base, made["pairs"], *common, made["reference"])
+        else:
+            train_sft(SFTConfig(**values), base, made["samples"], *common)
+
+
+def _die(when: str) -> None:
+    """Ends this process, as kill -9 does, around its second save."""
+    from insightv.training.checkpoint import Checkpoints
+    from insightv.training.megatron.weights import Writer
+
+    saves, write, close = 0, Checkpoints.save, Writer.close
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(self: Any, position: Any, *rest: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 2 and when == "before":
+            die()
+        write(self, position, *rest)
+        if saves == 2 and when == "after":
+            die()
+
+    def closed(self: Any) -> None:
+        if saves == 2 and when == "during":
+            die()
+        close(self)
+
+    Checkpoints.save, Writer.close = save, closed  # type: ignore[method-assign]
 
 
 CLIP = 1.0

@@ -1,4 +1,4 @@
-"""Adam over a layout, its states cut over data parallel copies, and checkpoints of both.
+"""AdamW over a layout, its states cut over data parallel copies, and checkpoints of both.
 
 A checkpoint is safetensors under the tensors' Hugging Face names, cut and joined by the same
 spans as weights (`insightv.training.megatron.weights`). So it knows no layout: what one wrote,
@@ -30,8 +30,8 @@ from insightv.training.megatron.weights import Writer, parameters, parts, stage_
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Adam:
-    """AdamW of megatron-core's distributed optimizer (ZeRO-1, fp32 weights and moments)."""
+class Optimizer:
+    """megatron-core's distributed optimizer (ZeRO-1, fp32 weights and moments)."""
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Adam:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         clip: float = 0.0,
+        kind: str = "adamw",
     ):
         """Takes over the weights as they are now; load them first.
 
@@ -49,10 +50,13 @@ class Adam:
             betas: Of the moments.
             weight_decay: On every tensor, as the other backends do.
             clip: Largest global gradient norm; 0 leaves gradients as they are.
+            kind: ``adamw``, or ``sgd`` without momentum.
         """
         self._models, self._clip = list(models), clip or math.inf
+        self._kinds = ("weight", *(MOMENTS if kind == "adamw" else ()))
         config = OptimizerConfig(
-            optimizer="adam",
+            optimizer=kind.removesuffix("w"),
+            sgd_momentum=0.0,
             lr=rate,
             adam_beta1=betas[0],
             adam_beta2=betas[1],
@@ -106,7 +110,7 @@ class Adam:
         """
         writes = parallel_state.get_data_parallel_rank() == 0
         writer = Writer(folder, parallel_state.get_pipeline_model_parallel_rank())
-        for kind in ("weight", *MOMENTS):
+        for kind in self._kinds:
             for name, tensor in stage_tensors(
                 pieces, shape, layout, partial(self._gathered, kind=kind)
             ):
@@ -116,6 +120,7 @@ class Adam:
             writer.add("step", torch.tensor(self._steps()))
         writer.close()
         distributed.barrier()
+        writer.check()
 
     @torch.no_grad()
     def resume(
@@ -141,7 +146,7 @@ class Adam:
             for row, before, parameter in parameters(piece):
                 if parameter.requires_grad:
                     values = {}
-                    for kind in ("weight", *MOMENTS):
+                    for kind in self._kinds:
                         values[kind] = torch.zeros(parameter.shape)
                         for span, part in parts(row, shape, layout, rank, values[kind]):
                             name = f"{kind}.language.{before}{span.tensor}"
@@ -150,7 +155,7 @@ class Adam:
             for name, parameter in _vision(piece):
                 values = {
                     kind: saved.whole(self._known(saved, f"{kind}.vision.{name}"))
-                    for kind in ("weight", *MOMENTS)
+                    for kind in self._kinds
                 }
                 self._set(parameter, values, step)
 
@@ -195,6 +200,8 @@ class Adam:
         optimizer, weight, place = held
         weight.copy_(values["weight"].flatten()[place])
         state = optimizer.state[weight]
+        if self._kinds == ("weight",):
+            return
         for kind in MOMENTS:
             state[kind] = values[kind].flatten()[place].to(weight)
         group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
