@@ -45,8 +45,7 @@ class TrainConfig:
         schedule: ``cosine`` (to ``final_lr_ratio`` of the peak) or ``constant``; both warm up.
         warmup: Share of all steps over which the rate rises linearly.
         final_lr_ratio: What the cosine ends at, as a share of the peak.
-        optimizer: ``adamw``, or ``sgd`` without momentum, for comparisons.
-        weight_decay: The optimizer's, on every trained tensor.
+        weight_decay: AdamW's, on every trained tensor.
         beta1: AdamW's first decay.
         beta2: AdamW's second decay.
         grad_clip: Largest global gradient norm; 0 is no limit.
@@ -80,7 +79,6 @@ class TrainConfig:
     schedule: str = "cosine"  # paper
     warmup: float = 0.05  # paper
     final_lr_ratio: float = 0.0
-    optimizer: str = "adamw"
     weight_decay: float = 0.0  # paper
     beta1: float = 0.9
     beta2: float = 0.999
@@ -113,7 +111,6 @@ class TrainConfig:
         _choice(f"{section}schedule", self.schedule, ("cosine", "constant"))
         _choice(f"{section}precision", self.precision, ("bf16", "fp32"))
         _choice(f"{section}device", self.device, ("auto", "cpu", "cuda"))
-        _choice(f"{section}optimizer", self.optimizer, ("adamw", "sgd"))
         _choice(f"{section}backend", self.backend, BACKENDS)
         for name in ("epochs", "batch_size", "max_length", "tokens_per_micro_batch", "keep"):
             _least(f"{section}{name}", getattr(self, name), 1)

@@ -45,6 +45,7 @@ class Ranks:
     def __init__(self, group: Any = None):
         """Takes a gloo group of all ranks; without one there is this process alone."""
         self._group = group
+        self._told: list[Exception] = []
         self.rank = 0 if group is None else distributed.get_rank()
         self.count = 1 if group is None else distributed.get_world_size()
 
@@ -73,11 +74,14 @@ class Ranks:
         try:
             value = work()
         except Exception as error:
+            if error in self._told:  # by an `every` inside this one, which all ranks have left
+                raise
             trouble = error
         status = 0 if trouble is None else 2 if isinstance(trouble, UserError) else 1
         told = self._exchanged([status, value])
         failed = [rank for rank, (status, _) in enumerate(told) if status]
         if trouble is not None and (self.rank == failed[0] or status == 1):
+            self._told.append(trouble)
             raise trouble
         if failed:
             raise SystemExit(told[failed[0]][0])

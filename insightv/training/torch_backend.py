@@ -62,7 +62,13 @@ class TorchBackend:
             raise UserError(f"{folder}: every tensor is frozen, nothing is left to train")
         pad_token, budget = loaded.tokenizer.pad_token_id, config.tokens_per_micro_batch
         self.packer = Packer(self.model, pad_token, budget)
-        self._optimizer = _optimizer(list(self._trained.values()), config)
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
 
     def step(
         self, batches: Sequence[Batch], totals: Totals, objective: Objective, rate: float
@@ -136,14 +142,6 @@ class TorchBackend:
     def export(self, folder: Path) -> None:
         """See `Backend`."""
         models.save(self.model, self.processor, folder)
-
-
-def _optimizer(weights: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(weights, lr=rate, weight_decay=decay, fused=True)
-    betas = config.beta1, config.beta2
-    return torch.optim.AdamW(weights, lr=rate, betas=betas, weight_decay=decay, fused=True)
 
 
 class LogProbs:

@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def spawn(work: Any, folder: Path, *arguments: Any, dies: bool = False) -> None:
 
     ``dies`` says that rank 1 kills itself.
     """
-    (folder / "store").unlink(missing_ok=True)
+    for left in [folder / "store", *folder.glob("error-*")]:
+        left.unlink(missing_ok=True)
     context = _processes()
     ranks = [
         context.Process(target=_rank, args=(work, rank, folder, arguments)) for rank in range(WORLD)
@@ -210,7 +212,7 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
     from insightv.training.megatron.families import shape_of
     from insightv.training.megatron.layout import Layout
     from insightv.training.megatron.model import build, initialise, logprobs
-    from insightv.training.megatron.optimizer import Optimizer
+    from insightv.training.megatron.optimizer import Adam
     from insightv.training.megatron.schedule import forward_backward, replicate
     from insightv.training.megatron.weights import export, load
 
@@ -223,7 +225,7 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
         pieces = build(config, layout, dtype)
         load(pieces, config, layout, case.folder)
         models = replicate(pieces, distributed_optimizer=True)
-        optimizer = Optimizer(models, RATE, clip=CLIP)
+        optimizer = Adam(models, RATE, clip=CLIP)
         if start:
             optimizer.resume(pieces, shape, layout, folder / name.partition(":")[0] / "state")
         copy = parallel_state.get_data_parallel_rank()
@@ -267,6 +269,7 @@ class Run:
         config: Keys of the training.
         pairs: Whether it is DPO.
         stop_at: Asked to stop after so many steps of this run.
+        descent: Whether AdamW's step is replaced by plain gradient descent.
         kill: ``before``, ``during`` or ``after`` the save behind step 3: rank 1 kills itself.
     """
 
@@ -275,6 +278,7 @@ class Run:
     config: dict[str, Any]
     pairs: bool = False
     stop_at: int = 0
+    descent: bool = False
     kill: str = ""
 
 
@@ -297,10 +301,59 @@ def trainings(rank: int, folder: Path, base: Path, runs: list[Run]) -> None:
         common = (pictures, place / "model", Here(place / "stage", run.stop_at))
         if run.kill and rank == 1:
             _die(run.kill)
+        torch.optim.AdamW.step = descend if run.descent else _ADAM  # type: ignore[method-assign]
         if run.pairs:
             train_dpo(DPOConfig(**values), base, made["pairs"], *common, made["reference"])
         else:
             train_sft(SFTConfig(**values), base, made["samples"], *common)
+
+
+def agreeing(rank: int, folder: Path, trouble: str) -> None:
+    """What `Ranks` promises: values in order, one rank's trouble ends all, threads apart."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from hpc.errors import UserError
+    from insightv.training.config import TrainConfig
+    from insightv.training.ranks import joined
+
+    with joined(TrainConfig(backend="megatron", device="cpu")) as ranks:
+        assert (ranks.rank, ranks.count, ranks.lead) == (rank, WORLD, rank == 0)
+        assert ranks.every(lambda: {"é" * rank: rank / 3}) == [
+            {"é" * other: other / 3} for other in range(WORLD)
+        ]
+        assert ranks.first(lambda: "x" * 100_000) == "x" * 100_000
+        assert ranks.any(rank == 2) and not ranks.any(False)
+        other = ranks.aside()
+        with ThreadPoolExecutor(1) as thread:
+            numbers = thread.submit(
+                lambda: [other.every(partial(int.__mul__, n, rank))[3] for n in range(50)]
+            )
+            here = [ranks.every(partial(int.__mul__, n, rank))[1] for n in range(50)]
+            assert here == list(range(50)) and numbers.result() == [3 * n for n in range(50)]
+
+        def work() -> int:
+            if rank == 2:
+                raise UserError("the disk of rank 2 is full") if trouble == "user" else KeyError(7)
+            if rank == 3 and trouble == "user":
+                raise UserError("so is that of rank 3")
+            return rank
+
+        try:
+            ranks.every(lambda: ranks.every(work))  # one within the other, too
+        except (Exception, SystemExit) as error:
+            (folder / f"said-{trouble}-{rank}").write_text(f"{type(error).__name__} {error}")
+
+
+_ADAM = torch.optim.AdamW.step
+
+
+@torch.no_grad()
+def descend(self: torch.optim.AdamW, closure: Any = None) -> None:
+    """A step of gradient descent, for both backends: what Adam's division hides, it shows."""
+    for group in self.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight -= group["lr"] * weight.grad
 
 
 def _die(when: str) -> None:

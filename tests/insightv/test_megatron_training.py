@@ -38,7 +38,8 @@ GRADIENT = PLAIN | {
 }
 """So that a checkpoint behind step 1 holds the gradient of step 0."""
 LAYOUTS = ("tp2", "pp2", "tp2-pp2", "pp2-virtual", "tp2-sp", "pp2-uneven")
-ADAM = PLAIN | {"epochs": 10, "weight_decay": 0.1, "tokens_per_micro_batch": 600, "save_steps": 3}
+ADAM = PLAIN | {"epochs": 20, "weight_decay": 0.1, "tokens_per_micro_batch": 600, "save_steps": 3}
+SGD = PLAIN | {"epochs": 12, "learning_rate": 0.1, "warmup": 0.0}
 RUNS = [
     *(
         Run(f"{kind}-{layout}", layout, GRADIENT, kind == "dpo", stop_at=1)
@@ -46,6 +47,7 @@ RUNS = [
         for layout in LAYOUTS
     ),
     Run("adam", "tp2-pp2", ADAM, pairs=True),
+    Run("sgd", "pp2-virtual", SGD, descent=True),
     Run("stopped", "tp2-pp2", ADAM, pairs=True, stop_at=5),
 ]
 AGAIN = [
@@ -84,6 +86,9 @@ def made(work):
     one(work, "sft", GRADIENT, stop_at=1)
     one(work, "dpo", GRADIENT, stop_at=1)
     one(work, "dpo", ADAM, name="torch-adam")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", megatron_ranks.descend)
+        one(work, "sft", SGD, name="torch-sgd")
     return work
 
 
@@ -133,9 +138,19 @@ def test_gradients_of_the_first_step_are_those_of_torch(made, kind, layout):
         assert here[name] == pytest.approx(there[name], abs=1e-5), name
 
 
+def test_sgd_follows_torch(made):
+    ours, theirs = lines(made, "sgd"), lines(made, "torch-sgd")
+    assert len(ours) == len(theirs) == 20
+    for here, there in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert here[name] == pytest.approx(there[name], abs=1e-4), name
+    assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.5
+    weights(made, "torch-sgd", "sgd", 1e-4)
+
+
 def test_adam_follows_torch(made):
     ours, theirs = lines(made, "adam"), lines(made, "torch-adam")
-    assert len(ours) == len(theirs) == 10
+    assert len(ours) == len(theirs) == 20
     for here, there in zip(ours, theirs, strict=True):
         for name in ("loss", "grad_norm", "margin", "logp_chosen", "kl"):
             assert here[name] == pytest.approx(there[name], abs=1e-3), name

@@ -24,7 +24,7 @@ from insightv.training.config import TrainConfig
 from insightv.training.megatron.families import shape_of
 from insightv.training.megatron.layout import Layout
 from insightv.training.megatron.model import Inputs, build, initialise, logprobs
-from insightv.training.megatron.optimizer import Optimizer
+from insightv.training.megatron.optimizer import Adam
 from insightv.training.megatron.schedule import forward_backward, replicate
 from insightv.training.megatron.weights import export, load
 from insightv.training.objectives import Objective, Replies, Totals
@@ -86,13 +86,12 @@ class MegatronBackend:
             models.freeze_vision(vision)
             models.vision_tower(vision).eval()
         self._copies = replicate(self._pieces, distributed_optimizer=True)
-        self._optimizer = Optimizer(
+        self._optimizer = Adam(
             self._copies,
             config.learning_rate,
             (config.beta1, config.beta2),
             config.weight_decay,
             config.grad_clip,
-            config.optimizer,
         )
 
     def step(

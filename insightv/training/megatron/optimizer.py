@@ -1,4 +1,4 @@
-"""AdamW over a layout, its states cut over data parallel copies, and checkpoints of both.
+"""Adam over a layout, its states cut over data parallel copies, and checkpoints of both.
 
 A checkpoint is safetensors under the tensors' Hugging Face names, cut and joined by the same
 spans as weights (`insightv.training.megatron.weights`). So it knows no layout: what one wrote,
@@ -30,8 +30,8 @@ from insightv.training.megatron.weights import Writer, parameters, parts, stage_
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Optimizer:
-    """megatron-core's distributed optimizer (ZeRO-1, fp32 weights and moments)."""
+class Adam:
+    """AdamW of megatron-core's distributed optimizer (ZeRO-1, fp32 weights and moments)."""
 
     def __init__(
         self,
@@ -40,7 +40,6 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         clip: float = 0.0,
-        kind: str = "adamw",
     ):
         """Takes over the weights as they are now; load them first.
 
@@ -50,13 +49,10 @@ class Optimizer:
             betas: Of the moments.
             weight_decay: On every tensor, as the other backends do.
             clip: Largest global gradient norm; 0 leaves gradients as they are.
-            kind: ``adamw``, or ``sgd`` without momentum.
         """
         self._models, self._clip = list(models), clip or math.inf
-        self._kinds = ("weight", *(MOMENTS if kind == "adamw" else ()))
         config = OptimizerConfig(
-            optimizer=kind.removesuffix("w"),
-            sgd_momentum=0.0,
+            optimizer="adam",
             lr=rate,
             adam_beta1=betas[0],
             adam_beta2=betas[1],
@@ -110,7 +106,7 @@ class Optimizer:
         """
         writes = parallel_state.get_data_parallel_rank() == 0
         writer = Writer(folder, parallel_state.get_pipeline_model_parallel_rank())
-        for kind in self._kinds:
+        for kind in ("weight", *MOMENTS):
             for name, tensor in stage_tensors(
                 pieces, shape, layout, partial(self._gathered, kind=kind)
             ):
@@ -146,7 +142,7 @@ class Optimizer:
             for row, before, parameter in parameters(piece):
                 if parameter.requires_grad:
                     values = {}
-                    for kind in self._kinds:
+                    for kind in ("weight", *MOMENTS):
                         values[kind] = torch.zeros(parameter.shape)
                         for span, part in parts(row, shape, layout, rank, values[kind]):
                             name = f"{kind}.language.{before}{span.tensor}"
@@ -155,7 +151,7 @@ class Optimizer:
             for name, parameter in _vision(piece):
                 values = {
                     kind: saved.whole(self._known(saved, f"{kind}.vision.{name}"))
-                    for kind in self._kinds
+                    for kind in ("weight", *MOMENTS)
                 }
                 self._set(parameter, values, step)
 
@@ -200,8 +196,6 @@ class Optimizer:
         optimizer, weight, place = held
         weight.copy_(values["weight"].flatten()[place])
         state = optimizer.state[weight]
-        if self._kinds == ("weight",):
-            return
         for kind in MOMENTS:
             state[kind] = values[kind].flatten()[place].to(weight)
         group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
