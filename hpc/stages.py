@@ -86,7 +86,8 @@ class Stage:
             a job takes, as threads. Never shapes the result.
         resources: The kind of resources a cluster profile knows: ``cpu`` or ``gpu``.
         distributed: For ``job``: run by every rank of the nodes × tasks that a cluster profile
-            gives it, at once; the counts of rank 0 are kept. Otherwise by one process.
+            gives it, at once; the counts of rank 0 are kept, and a rank that returns none was
+            asked to leave, or heard that another was. Otherwise by one process.
         error_limit: Largest share of inputs that may fail before the stage does.
     """
 

@@ -23,6 +23,7 @@ from insightv.evaluation.answering import EntryConfig
 from insightv.generation import GenerationConfig
 from insightv.payloads import ROLES, MakeSet, Source
 from insightv.questions import making
+from insightv.training.config import TrainConfig
 
 ENTRIES = {
     "base": ("direct", "base", ""),
@@ -117,9 +118,11 @@ class _Stages:
     def _job(self, name: str, **parts: Any) -> str:
         return self._add(Stage(name, "job", **parts))
 
-    def _training(self, name: str, **parts: Any) -> str:
+    def _training(self, name: str, training: TrainConfig, **parts: Any) -> str:
+        """A training; but for the torch backend on as many ranks as the profile gives it."""
         workers = self.config.local.workers or sys.maxsize
-        return self._job(name, workers=workers, resources="gpu", **parts)
+        ranks = training.backend != "torch"
+        return self._job(name, workers=workers, resources="gpu", distributed=ranks, **parts)
 
     # ---- questions, and one round of paths with their assessment
 
@@ -244,6 +247,7 @@ class _Stages:
         training = getattr(self.config.training, name.replace("-", "_"))
         self._training(
             stage,
+            training,
             inputs={"samples": self._set(name)},
             config={
                 "seed": self.config.seed,
@@ -369,6 +373,7 @@ class _Stages:
         )
         self._training(
             stage,
+            rounds.dpo,
             inputs={"pairs": f"{prefix}-reference"},
             after=_stages(policy, tied),
             config={

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
@@ -26,6 +26,8 @@ from hpc.errors import RecordError, UserError
 from insightv.records import Message
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 _TOWERS = ("vision_tower", "visual", "vision_model")
 _PROJECTORS = ("merger", "deepstack_merger_list")
 _PACKABLE = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
@@ -118,13 +120,11 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
     if dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     auto: Any = AutoModelForImageTextToText
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, info = auto.from_pretrained(
-            path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
+            path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **_LOCAL
         )
-        processor = AutoProcessor.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except _UNLOADABLE as error:
         raise UserError(f"model folder {path} cannot be loaded: {_one_line(error)}") from None
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
@@ -133,6 +133,20 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"weights in {path} lack {len(missing)} tensors, e.g. {missing[0]}")
+    processor = load_processor(path)
+    return LoadedModel(model.to(device).eval(), processor, processor.tokenizer, digest)
+
+
+def load_processor(path: Path) -> Any:
+    """The processor of a model folder; its tokenizer pads, on the left.
+
+    Raises:
+        UserError: It has none for pictures and text.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path, **_LOCAL)
+    except _UNLOADABLE as error:
+        raise UserError(f"model folder {path} cannot be loaded: {_one_line(error)}") from None
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_token"):
         raise UserError(f"model folder {path} has no processor for pictures and text")
     if not processor.chat_template:
@@ -141,7 +155,22 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedModel(model.to(device).eval(), processor, tokenizer, digest)
+    return processor
+
+
+def outline(path: Path) -> Any:
+    """A model without its weights: its configuration, its code, and the shapes of its tensors.
+
+    Raises:
+        UserError: The folder is no model.
+    """
+    auto: Any = AutoModelForImageTextToText
+    try:
+        config = AutoConfig.from_pretrained(path, **_LOCAL)
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except _UNLOADABLE as error:
+        raise UserError(f"model folder {path} cannot be loaded: {_one_line(error)}") from None
 
 
 def save(model: Any, processor: Any, folder: str | Path) -> None:

@@ -317,7 +317,6 @@ def dpo(config: ChainConfig, training: DPOConfig, policy: Source, tied: Source, 
     """Trains the policy on pairs, tied to the reference that scored them."""
 
     def run(context: Context) -> Counts | None:
-        from insightv.models import digest_of
         from insightv.training.trainer import train_dpo
 
         seeded = replace(training, seed=seed_for(config.seed, "training", out, training.seed))
@@ -328,7 +327,7 @@ def dpo(config: ChainConfig, training: DPOConfig, policy: Source, tied: Source, 
             pictures(context.run),
             context.run / out,
             context,
-            digest_of(tied.folder(context.run)),
+            tied.folder(context.run),
         )
 
     return run

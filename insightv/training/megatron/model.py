@@ -47,7 +47,8 @@ class Inputs:
         input_ids: [R, W] tokens; W is the same in all micro-batches of a step, and a multiple
             of the tensor parallel size where sequences are parallel.
         position_ids: [R, W], or [3, R, W] for M-RoPE.
-        mask: [R, 1, W, W] bool, true where a query sees a key; a `BlockMask`; or None for
+        mask: [R, 1, W, W] bool, true where a query sees a key; int32, segments as
+            `insightv.training.attention.span_table` lists them; a `BlockMask`; or None for
             plain causal attention.
         pictures: What the family's ``get_image_features`` takes, by name; empty if none.
         places: [T] indices into R × W at which logits are computed; None for all.
