@@ -155,7 +155,12 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     ranks = _joined()
     if config.backend == "torch":
         ranks.first(lambda: _refuse(count))
-    yield ranks
+    try:
+        yield ranks
+    except BaseException:
+        if count == 1:
+            distributed.destroy_process_group()
+        raise  # with others, leaving might wait for work that they have given up
     distributed.destroy_process_group()
 
 
