@@ -79,7 +79,8 @@ class Stage:
         after: Further stages that must be complete before (a model that is loaded, say).
         config: Everything that shapes the result; its hash is the stage's identity.
         load: For ``map``: makes the mapper. Called only when there is work.
-        run: For ``job``: does the work and returns counts for the manifest.
+        run: For ``job``: does the work and returns counts for the manifest. The sum of those
+            named ``dropped: <reason>`` is told when the stage is complete.
         outputs: Paths relative to the run directory that completion demands
             (``models/reasoning``), beside the stage's own shards.
         workers: How many processes pull at once (map), or how many slots the one process of
