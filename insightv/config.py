@@ -26,6 +26,7 @@ from insightv.demo.sets import QuestionsConfig, Sizes
 from insightv.engines import EngineConfig
 from insightv.evaluation.answering import CallConfig
 from insightv.evaluation.results import LADDER
+from insightv.evaluation.stopping import EarlyStopConfig
 from insightv.generation import GenerationConfig
 from insightv.prompting import FOLDER, load_prompts
 from insightv.questions import Place, SetConfig, count_questions, load_set
@@ -224,6 +225,7 @@ class RoundsConfig:
             the SFT model of its own. 0: it reuses the paths of round 1, with caps on pairs
             widened by the number of rounds, until it has as many pairs as all rounds together;
             this costs no generation, but its pairs share questions and winners more often.
+        early_stop: When to leave the rest of the rounds out.
     """
 
     count: int = 3
@@ -234,6 +236,7 @@ class RoundsConfig:
     reference: str = "previous"
     log_probabilities: ReferenceConfig = field(default_factory=ReferenceConfig)
     single_paths: int = 0
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
 
     def validate(self) -> None:
         """Checks the values.

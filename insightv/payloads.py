@@ -370,6 +370,41 @@ def answer(
     return load
 
 
+def validate(
+    config: ChainConfig,
+    entry: EntryConfig,
+    reasoner: Source,
+    summariser: Source,
+    referee: Source | None,
+) -> Load:
+    """Validation questions of the reasoned sets → a round's predictions."""
+    ask = answer(config, entry, reasoner, summariser, referee)
+    return lambda context: _Only(ask(context), config.questions.reasoned)
+
+
+def decide(config: ChainConfig, number: int) -> Run:
+    """Decides whether rounds go on after this one."""
+
+    def run(context: Context) -> Counts:
+        from insightv.evaluation.stopping import decide
+
+        rounds, seed = config.rounds, config.evaluation.resamples_seed
+        return decide(context.run, number, rounds.count, rounds.early_stop, seed)
+
+    return run
+
+
+def choose(config: ChainConfig, target: str) -> Run:
+    """Takes over the best round's model."""
+
+    def run(context: Context) -> Counts:
+        from insightv.evaluation.stopping import choose
+
+        return choose(context.run, config.rounds.count, target)
+
+    return run
+
+
 def results(config: ChainConfig) -> Run:
     """Collects ``results.json``."""
 
