@@ -549,4 +549,4 @@ def _stages(*sources: Source | None) -> tuple[str, ...]:
 
 
 def _configured(model: ModelConfig) -> Source:
-    return Source(model.path, model.prompts, digest=model.digest)
+    return Source(model.path, model.prompts, digest=model.digest, engine_config=model.engine)

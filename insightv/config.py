@@ -156,11 +156,14 @@ class ModelConfig:
             the embedded one, or a folder of one's own. Empty: ``tiny`` for the embedded model
             and what was trained from it, ``default`` otherwise.
         digest: Filled in when a run starts; a stage is known by it, wherever the folder lies.
+        engine: How this model is run, where it differs from ``engine``: behind a server that
+            runs already, say. Nothing is taken over from there.
     """
 
     path: str = unhashed("")
     prompts: str = ""
     digest: str = ""
+    engine: EngineConfig | None = unhashed(None)
 
 
 @dataclass
@@ -181,6 +184,16 @@ class ModelsConfig:
     generator: ModelConfig = field(default_factory=ModelConfig)
     judge: ModelConfig = field(default_factory=ModelConfig)
     scorer: ModelConfig = field(default_factory=ModelConfig)
+
+    def validate(self) -> None:
+        """Checks how they are run.
+
+        Raises:
+            UserError: One of them cannot be.
+        """
+        for role, model in vars(self).items():
+            if model.engine is not None:
+                model.engine.validate(f"models.{role}.engine")
 
 
 @dataclass

@@ -113,7 +113,7 @@ def test_every_hashed_number_changes_a_stage_and_no_other_does(tmp_path):
         setattr(owner, entry.name, not value if isinstance(value, bool) else value + 1)
         shapes = identities(assemble(config, run)) != before
         setattr(owner, entry.name, value)
-        if shapes != entry.metadata.get("hashed", True):
+        if shapes != (entry.metadata.get("hashed", True) and path not in SILENT):
             wrong.append(path)
     assert not wrong
 
