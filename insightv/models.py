@@ -273,16 +273,15 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load_processor(folder: str | Path) -> Any:
+def load_renderer(folder: str | Path) -> Any:
     """What turns chats into tokens, without the weights: a processor, or a text tokenizer.
 
     Raises:
         UserError: The folder has neither, or no chat template.
     """
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        processor = AutoProcessor.from_pretrained(Path(folder), **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        processor = AutoProcessor.from_pretrained(Path(folder), **_LOCAL)
+    except _UNLOADABLE as error:
         raise UserError(f"model folder {folder} has no tokenizer: {_one_line(error)}") from None
     if not processor.chat_template:
         raise UserError(f"model folder {folder} has no chat template: add a chat_template.jinja")

@@ -37,7 +37,7 @@ class Chats:
         Raises:
             UserError: The folder has none.
         """
-        self._processor = models.load_processor(model_folder)
+        self._processor = models.load_renderer(model_folder)
         self._pictures = pictures
         self._cache = Cache(self._show, lambda shown: len(shown.url), cache_bytes)
 
