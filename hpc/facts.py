@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,6 +73,14 @@ class Facts:
     def __init__(self, patience: float = 60.0) -> None:
         self.patience = patience
 
+    def look(self) -> None:
+        """Asks for everything that admission needs, side by side once the controller answers."""
+        if not self.config:
+            return
+        asked = ("_nodes", "_partitions", "queue", "associations", "rules")
+        with ThreadPoolExecutor(len(asked)) as pool:
+            list(pool.map(lambda name: getattr(self, name), asked))
+
     @cached_property
     def config(self) -> dict[str, str]:
         """What ``scontrol show config`` tells."""
@@ -80,7 +89,16 @@ class Facts:
     @cached_property
     def partitions(self) -> dict[str, Partition]:
         """The partitions that this user sees, with their nodes."""
-        return read_partitions(self.patience)
+        return read_partitions(self._nodes, self._partitions)
+
+    @cached_property
+    def _nodes(self) -> str:
+        form = "%R|%N|%T|%c|%m|%G|%f"
+        return slurm.patiently("sinfo", "-h", "-N", "-o", form, patience=self.patience)
+
+    @cached_property
+    def _partitions(self) -> str:
+        return slurm.patiently("scontrol", "-o", "show", "partition", patience=self.patience)
 
     @property
     def nodes(self) -> set[str]:
@@ -100,7 +118,7 @@ class Facts:
     @cached_property
     def rules(self) -> list[dict[str, str]] | None:
         """Every quality of service with its limits; None where no accounts are kept."""
-        return None if self.associations is None else _table(_RULE, "qos")
+        return _table(_RULE, "qos")
 
 
 def _table(fields: tuple[str, ...], *words: str) -> list[dict[str, str]] | None:
@@ -114,18 +132,10 @@ def _table(fields: tuple[str, ...], *words: str) -> list[dict[str, str]] | None:
     return [dict(zip(fields, line, strict=False)) for line in lines]
 
 
-def read_partitions(patience: float = 60.0) -> dict[str, Partition]:
-    """The partitions that this user sees, with their nodes.
-
-    Args:
-        patience: Seconds to wait for the controller.
-
-    Raises:
-        UserError: Slurm does not answer.
-    """
+def read_partitions(said_nodes: str, said_partitions: str) -> dict[str, Partition]:
+    """The partitions that sinfo and scontrol told, with their nodes."""
     nodes: dict[str, list[Node]] = {}
-    said = slurm.patiently("sinfo", "-h", "-N", "-o", "%R|%N|%T|%c|%m|%G|%f", patience=patience)
-    for line in said.splitlines():
+    for line in said_nodes.splitlines():
         partition, name, state, cores, memory, gres, features = line.split("|", 6)
         node = Node(
             name,
@@ -137,8 +147,7 @@ def read_partitions(patience: float = 60.0) -> dict[str, Partition]:
         )
         nodes.setdefault(partition, []).append(node)
     found = {}
-    said = slurm.patiently("scontrol", "-o", "show", "partition", patience=patience)
-    for line in said.splitlines():
+    for line in said_partitions.splitlines():
         fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
         name = fields.get("PartitionName", "")
         found[name] = Partition(fields, tuple(nodes.get(name, ())))

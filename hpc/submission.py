@@ -96,13 +96,11 @@ def submit(
                 admit(_missing(chain, profile, facts), profile, facts=facts)
         # What is queued may move on; where there is nothing of this run, nobody adds to it.
         mine = [job for job in facts.queue if job.name.startswith(prefix(run) + "-")]
-        seen = None if mine else mine
         if not mine:
             gates.pass_over(chain)
         count = 0
         for _ in range(_ROUNDS):
-            submission = _Submission(chain, profile, say, seen)
-            seen = None
+            submission = _Submission(chain, profile, say, None if mine or count else [])
             refused: slurm.Refused | None = None
             try:
                 submission.fill()
@@ -158,6 +156,7 @@ def keep_profile(run: RunDir, profile: Profile, facts: Facts | None = None) -> P
     facts = facts or Facts(profile.submit.patience)
     profile = fitted(profile, facts)
     if slurm.available():
+        facts.look()
         # Nodes are only avoided where many are left.
         write_json(run.path / "slurm" / "site.json", {"nodes": len(facts.nodes)})
     write_atomic(profile_path(run), dump(profile))

@@ -28,6 +28,7 @@ from chains import PATIENCE, Run, profile, wait_for  # noqa: E402
 from testbed import Settings, Testbed  # noqa: E402
 
 from hpc import gates  # noqa: E402
+from hpc.naming import prefix  # noqa: E402
 from hpc.provenance import describe  # noqa: E402
 from hpc.rundir import STOPPED  # noqa: E402
 from hpc.shards import read_groups, shard_path, sidecars  # noqa: E402
@@ -151,7 +152,8 @@ class Chaos:
     def running(self) -> list[list[str]]:
         """Id, node and name of the run's jobs at work."""
         said = self.cluster.run("squeue", "-h", "-t", "R", "-o", "%i|%N|%j", check=False).stdout
-        return [line.split("|") for line in said.splitlines() if "|iv-" in line]
+        jobs = (line.split("|") for line in said.splitlines())
+        return [job for job in jobs if job[2].startswith(prefix(self.run.dir) + "-")]
 
     def job(self, *command: str) -> str:
         """Does something to one of the run's working jobs, or elements."""
