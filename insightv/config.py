@@ -52,8 +52,9 @@ class QuestionsSection(QuestionsConfig):
     """What is asked; see `QuestionsConfig` for the sizes of the sets that are drawn.
 
     Attributes:
-        sets: Files of sets that are read (``configs/data/chartqa.yaml``). They move into
-            ``mappings`` when a run starts, which then stands on its own.
+        sets: Files of sets that are read (``configs/data/chartqa.yaml``), relative to the chain
+            file or to where the command is given. They move into ``mappings`` when a run starts,
+            which then stands on its own.
         mappings: Sets that are read, written out; see `SetConfig`.
         take: Most questions of these sets, by split; a set that is not named gives all.
         folder: Where the folders of sets lie.
@@ -431,7 +432,7 @@ def _load_sets(asked: QuestionsSection, beside: Path) -> None:
     ):
         for name in files:
             given = Path(name).expanduser()
-            mappings.append(load_set(given if given.is_file() else beside / given))
+            mappings.append(load_set(beside / given if (beside / given).is_file() else given))
         files.clear()
 
 

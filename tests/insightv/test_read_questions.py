@@ -192,6 +192,12 @@ def test_two_sets_of_one_name_are_refused(folder):
         checked(SMOKE, [f"questions.sets=[{path}, {path}]"])
 
 
+def test_the_worked_chain_of_own_data_is_sound():
+    settings = checked(ROOT / "configs/chain/own-data.yaml")
+    assert [m.name for m in settings.questions.mappings] == ["chartqa", "cauldron-ai2d"]
+    assert [m.name for m in settings.questions.held_out_mappings] == ["ai2d"]
+
+
 class Echo:
     concurrency = 1
 
