@@ -23,6 +23,8 @@ from insightv.records import AnswerType, Question, seed_for
 
 __all__ = ["Asked", "Dropped", "Place", "count_questions", "read_questions"]
 
+REMEMBERED = 4096
+"""Pictures that are not looked at again when the next rows show them too."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PLACEHOLDER = re.compile(r"<image[ _]?(\d*)>")
 _OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]+(\S.*?)[ \t]*$", re.M)
@@ -98,7 +100,7 @@ def read_questions(
     """The questions of a split, in the order of its rows.
 
     Memory is bounded by one row, of Parquet by a row group, which `datasets` writes with 100
-    rows; and by 1 kB for each picture seen.
+    rows.
 
     Args:
         mapping: The set.
@@ -188,7 +190,7 @@ class _Reader:
         here = place.of(mapping)
         self.folder = here / mapping.picture_folder if here.is_dir() else None
         self.sides = Sides(mapping.shortest_side, mapping.longest_side)
-        # What each picture became: sets ask several questions about one.
+        # What the last pictures became: sets ask several questions about one, in a row.
         self._known: dict[str, tuple[str, Fingerprint, bool] | str] = {}
 
     def questions(
@@ -196,6 +198,8 @@ class _Reader:
     ) -> Iterator[Asked | Dropped]:
         """Everything a row asks; nothing where its hash gives it to another split."""
         key = f"{self.mapping.name}:{self.split}:{number}"
+        while len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
         try:
             if isinstance(row, RecordError):
                 raise row

@@ -196,7 +196,7 @@ def _open_parquet(path: Path) -> Any:
     except ImportError:
         raise UserError(f"question sets in Parquet need pyarrow: {INSTALL}") from None
     try:
-        # Else the pictures of a whole row group, often a whole file, are in memory at once.
+        # Read as it is asked for; a page, with pictures a row group, is in memory whole.
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
     except (pyarrow.ArrowException, OSError) as error:
         said = " ".join(str(error).split())[:200]

@@ -656,13 +656,9 @@ def test_held_out_questions_are_found_by_text_and_picture():
 
 # ---- whatever rows hold
 
+ODD = ["a.png", "A", "['x', 'y']", "<image1>", "A. x\nB. y", "1/2", "..", "\x1b", "\ud800"]
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text()
-    | st.sampled_from(["a.png", "A", "['x', 'y']", "<image1>", "A. x\nB. y", "1/2", "..", "\x1b", "\ud800"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
