@@ -31,7 +31,7 @@ from insightv.generation import GenerationConfig
 from insightv.prompting import FOLDER, load_prompts
 from insightv.questions import Place, SetConfig, count_questions, load_set
 from insightv.questions.making import DUPLICATES
-from insightv.questions.sources import fingerprint
+from insightv.questions.sources import files, fingerprint
 from insightv.training.config import DPOConfig, ReferenceConfig, SFTConfig
 
 SETS = ("charts", "reading", "shapes")
@@ -53,8 +53,9 @@ class QuestionsSection(QuestionsConfig):
     """What is asked; see `QuestionsConfig` for the sizes of the sets that are drawn.
 
     Attributes:
-        sets: Files of sets that are read (``configs/data/chartqa.yaml``). They move into
-            ``mappings`` when a run starts, which then stands on its own.
+        sets: Files of sets that are read (``configs/data/chartqa.yaml``), relative to the chain
+            file or to where the command is given. They move into ``mappings`` when a run starts,
+            which then stands on its own.
         mappings: Sets that are read, written out; see `SetConfig`.
         take: Most questions of these sets, by split; a set that is not named gives all.
         folder: Where the folders of sets lie.
@@ -405,6 +406,13 @@ def resolve(config: ChainConfig) -> None:
         for name, split in mapping.splits.items():
             if asked.most(mapping, name) != 0 or name != "train":
                 split.digest = fingerprint(mapping, name, asked.place)
+    for mapping in asked.mappings:
+        for name in mapping.splits:
+            if asked.most(mapping, name) is None and not files(mapping, name, asked.place):
+                raise UserError(
+                    f"questions.take: give the sizes of {mapping.name}; what the hub holds of it "
+                    "is not known before"
+                )
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -441,14 +449,14 @@ def _load_sets(asked: QuestionsSection, beside: Path) -> None:
     Raises:
         UserError: A file is missing or wrong.
     """
-    for files, mappings in (
+    for names, mappings in (
         (asked.sets, asked.mappings),
         (asked.held_out, asked.held_out_mappings),
     ):
-        for name in files:
+        for name in names:
             given = Path(name).expanduser()
-            mappings.append(load_set(given if given.is_file() else beside / given))
-        files.clear()
+            mappings.append(load_set(beside / given if (beside / given).is_file() else given))
+        names.clear()
 
 
 def _validate(config: ChainConfig) -> None:

@@ -23,6 +23,8 @@ from insightv.records import AnswerType, Question, seed_for
 
 __all__ = ["Asked", "Dropped", "Place", "count_questions", "read_questions"]
 
+REMEMBERED = 4096
+"""Pictures that are not looked at again when the next rows show them too."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PLACEHOLDER = re.compile(r"<image[ _]?(\d*)>")
 _OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]+(\S.*?)[ \t]*$", re.M)
@@ -97,7 +99,8 @@ def read_questions(
 ) -> Iterator[Asked | Dropped]:
     """The questions of a split, in the order of its rows.
 
-    Memory is bounded by one row (and by 150 bytes for each picture seen).
+    Memory is bounded by one row, of Parquet by a row group, which `datasets` writes with 100
+    rows.
 
     Args:
         mapping: The set.
@@ -187,7 +190,7 @@ class _Reader:
         here = place.of(mapping)
         self.folder = here / mapping.picture_folder if here.is_dir() else None
         self.sides = Sides(mapping.shortest_side, mapping.longest_side)
-        # What each picture became: sets ask several questions about one.
+        # What the last pictures became: sets ask several questions about one, in a row.
         self._known: dict[str, tuple[str, Fingerprint, bool] | str] = {}
 
     def questions(
@@ -195,6 +198,8 @@ class _Reader:
     ) -> Iterator[Asked | Dropped]:
         """Everything a row asks; nothing where its hash gives it to another split."""
         key = f"{self.mapping.name}:{self.split}:{number}"
+        while len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
         try:
             if isinstance(row, RecordError):
                 raise row
@@ -412,14 +417,14 @@ def _hashed(data: list[bytes], number: int) -> float:
 
 
 def _text(value: Any) -> str:
-    """A value as text; whole floats as they are written, nothing for what is nothing."""
+    """A value as text that can be stored; whole floats without a point, nothing for null."""
     if value is None:
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
-    return str(value)
+    return str(value).encode("utf-8", "replace").decode()  # JSON may hold half a character
 
 
 def _options(value: Any) -> tuple[str, ...]:

@@ -24,7 +24,9 @@ MOST_BYTES = 256 * 2**20
 """A longer line, or larger file in a tar, is refused: it would have to be held whole."""
 BATCH = 16
 """Rows of Parquet held at once; a row may hold several megabytes of pictures."""
-_BLOCK, _BLOCKS = 1 << 16, 64
+BUFFER = 1 << 20
+"""Bytes of a Parquet column read at once."""
+_BLOCK, _BLOCKS = 1 << 16, 8
 INSTALL = 'pip install "insightv-hpc[data]"'
 
 
@@ -194,8 +196,8 @@ def _open_parquet(path: Path) -> Any:
     except ImportError:
         raise UserError(f"question sets in Parquet need pyarrow: {INSTALL}") from None
     try:
-        # Without pre_buffer a row group's pictures are not all in memory at once.
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        # Read as it is asked for; a page, with pictures a row group, is in memory whole.
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
     except (pyarrow.ArrowException, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged ({said}); fetch it again") from None

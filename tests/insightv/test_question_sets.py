@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from set_files import (
     TEXT,
@@ -37,6 +39,7 @@ from insightv.questions import (
     read_questions,
 )
 from insightv.questions.duplicates import Fingerprint
+from insightv.records import Question
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
@@ -649,3 +652,58 @@ def test_held_out_questions_are_found_by_text_and_picture():
     assert held.same_picture([marks(picture(2)), same]) == "chartqa:test:3"
     assert not held.same_picture([marks(picture(2))])
     assert len(held) == 1
+
+
+# ---- whatever rows hold
+
+ODD = ["a.png", "A", "['x', 'y']", "<image1>", "A. x\nB. y", "1/2", "..", "\x1b", "\ud800"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["bytes", "path", "from", "value", "q"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"question": VALUES, "answer": VALUES, "image": VALUES, "options": VALUES}
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(["text", "letter", "index", "index_from_one"]),
+    st.sampled_from(["first", "commonest", "list"]),
+    st.sampled_from(["auto", "choice", "yes_no", "list", "text"]),
+    st.booleans(),
+)
+def test_no_row_does_more_than_fail(tmp_path, rows, answer_is, several, answer_type, turns):
+    (tmp_path / "own").mkdir(exist_ok=True)
+    (tmp_path / "own/a.png").write_bytes(picture(1))
+    lines(tmp_path / "own/rows.jsonl", rows)
+    mapping = jsonl_set(
+        answer_is=answer_is,
+        several=several,
+        answer_type=answer_type,
+        options="" if turns else "options",
+        options_in_question=True,
+        text_only=True,
+        turns=TurnsConfig("question", role="from", text="value") if turns else TurnsConfig(),
+    )
+    asked, dropped, kept = read(mapping, tmp_path)
+    assert len(asked) + len(dropped) >= len(rows)
+    for question in asked:
+        assert question.text and question.answer and set(question.pictures) <= set(kept)
+        json.dumps(question.to_json(), ensure_ascii=False).encode()
+        assert Question.from_json(json.loads(json.dumps(question.to_json()))) == question
+        if question.answer_type == "choice":
+            assert ord(question.answer) - ord("A") in range(len(question.options))
+    assert all(item.reason and len(item.detail) <= 500 for item in dropped)

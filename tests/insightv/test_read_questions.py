@@ -15,10 +15,11 @@ from hpc.shards import read_rows
 from hpc.work import work
 from insightv import cli
 from insightv.chain import assemble, build
-from insightv.config import ChainConfig, checked, read
+from insightv.config import ChainConfig, checked, folders, read
 from insightv.payloads import _Only, questions
 from insightv.pictures import Pictures
 from insightv.records import Question
+from insightv.rehearsal import small
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "chain" / "smoke.yaml"
@@ -124,11 +125,26 @@ def test_sizes_are_kept_and_draws_do_not_depend_on_the_split_asked_before(folder
     assert (len(train), len(test)) == (10, 5)
     assert settings.questions.asked("train")["chartqa"] == 10
     assert config(folder).questions.asked("test")["chartqa"] == 14
+    assert set(folders(settings)) >= {folder / "ChartQA"}
     with pytest.raises(UserError, match="the validation split has none"):
         make(settings, "validation", tmp_path / "a")
     seeded = config(folder, take, "seed=5")
     assert [q.key for q in make(seeded, "test", tmp_path / "b")[0]] == [q.key for q in test]
     assert [q.key for q in make(seeded, "train", tmp_path / "b")[0]] != [q.key for q in train]
+
+
+def test_a_rehearsal_takes_its_share_of_sets_that_are_read(folder, tmp_path):
+    made = small(config(folder, "questions.take={chartqa: {train: 30, test: 14}}"), 0.1, 2)
+    assert vars(made.questions.take["chartqa"]) == {"train": 3, "validation": 0, "test": 2}
+    made = small(config(folder), 0.1, 2)  # no sizes: rows are counted
+    assert vars(made.questions.take["chartqa"]) == {"train": 4, "validation": 2, "test": 2}
+    rows, *_ = make(made, "train", tmp_path / "run")
+    assert len(rows) == 4
+
+
+def test_sizes_of_the_hub_must_be_given(folder):
+    with pytest.raises(UserError, match="give the sizes of chartqa"):
+        config("/nowhere", "questions.network=true")
 
 
 def test_a_set_that_is_mostly_broken_stops_the_run_with_its_reasons(folder, tmp_path):
@@ -190,6 +206,12 @@ def test_two_sets_of_one_name_are_refused(folder):
     path = ROOT / "configs/data/chartqa.yaml"
     with pytest.raises(UserError, match="two sets are named chartqa"):
         checked(SMOKE, [f"questions.sets=[{path}, {path}]"])
+
+
+def test_the_worked_chain_of_own_data_is_sound():
+    settings = checked(ROOT / "configs/chain/own-data.yaml")
+    assert [m.name for m in settings.questions.mappings] == ["chartqa", "cauldron-ai2d"]
+    assert [m.name for m in settings.questions.held_out_mappings] == ["ai2d"]
 
 
 class Echo:
