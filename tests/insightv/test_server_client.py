@@ -5,13 +5,15 @@ import base64
 import io
 import json
 import time
+from pathlib import Path
 
 import pytest
 from openai_server import FakeServer, completion
 from PIL import Image
 
+from hpc.config import shaping
 from hpc.errors import RecordError, UserError
-from insightv.config import model_folder
+from insightv.config import checked, model_folder
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
 from insightv.engines.server import client
 from insightv.engines.server.client import excerpt
@@ -21,6 +23,7 @@ from insightv.pictures import Pictures, PictureWriter
 from insightv.records import Message
 
 TINY = model_folder("tiny")
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def encoded(form: str = "PNG", mode: str = "RGB", **options) -> bytes:
@@ -409,6 +412,24 @@ def test_impossible_settings_are_told(settings, wrong):
     with pytest.raises(UserError, match=wrong) as told:
         EngineConfig(kind="server", server=ServerConfig(**settings)).validate()
     assert str(told.value).startswith("engine.server")
+
+
+@pytest.mark.parametrize("name", ["vllm-node", "vllm-nodes"])
+def test_the_examples_can_be_used(name):
+    found = checked(CONFIGS / "engine" / f"{name}.yaml")
+    assert found.engine.server.preset == "vllm"
+    assert (found.models.generator.engine is None) == (name == "vllm-node")
+    assert shaping(found) == shaping(checked(CONFIGS / "chain" / "own-model.yaml")) or (
+        name == "vllm-nodes"
+    )
+
+
+def test_one_models_engine_is_checked_and_named():
+    with pytest.raises(UserError, match="models.generator.engine.server: give url"):
+        checked(
+            CONFIGS / "chain" / "smoke.yaml",
+            ["models.generator.engine={kind: server, server: {}}"],
+        )
 
 
 def test_excerpts_are_short_and_harmless():

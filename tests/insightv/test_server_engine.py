@@ -20,7 +20,7 @@ from hpc.driver import Quiet, drive
 from hpc.errors import UserError
 from hpc.executors.local import LocalExecutor
 from hpc.rundir import Chain, RunDir
-from hpc.shards import read_entries, shard_paths
+from hpc.shards import read_groups, shard_paths
 from insightv.agents import direct_messages, reasoning_messages, summary_messages
 from insightv.chain import assemble
 from insightv.config import model_folder, read
@@ -444,9 +444,9 @@ def test_a_stage_whose_server_is_killed_twice_has_the_same_keys(tmp_path):
 
 
 def keys(run):
-    paths = shard_paths(run / "stages" / "r0-generate" / "shards")
-    found = [entry for path in paths for entry in read_entries(path)]
-    return [(entry.key, [row["key"] for row in entry.rows]) for entry in found]
+    folder = run / "stages" / "r0-generate" / "shards"
+    groups = [group for path in shard_paths(folder) for group in read_groups(path)]
+    return [(key, [row["key"] for row in rows]) for key, rows in groups]
 
 
 def generate(run, overrides, kills=0):

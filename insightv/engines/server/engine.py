@@ -94,7 +94,7 @@ class ServerEngine:
         self._chats = Chats(folder, pictures, config.cache_mb * 2**20)
         self._dialect, self._name = self._server.speaks, self._server.model
         if self._server.url:
-            key = _read_key(self._server.key_file)
+            key = read_key(self._server.key_file)
             self._replicas = [_Replica(_root(url), key) for url in self._server.url]
         else:
             self._name = self._name or str(folder)
@@ -386,11 +386,11 @@ def _root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def _read_key(name: str) -> str:
+def read_key(name: str, option: str = "engine.server.key_file") -> str:
     """The key in a file that nobody else may read; none without a file.
 
     Raises:
-        UserError: It cannot be read, or others can.
+        UserError: It cannot be read, or others can; the line begins with ``option``.
     """
     if not name:
         return ""
@@ -399,9 +399,9 @@ def _read_key(name: str) -> str:
         key = path.read_text().strip()
         mode = path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"engine.server.key_file: {path} cannot be read: {error}") from None
+        raise UserError(f"{option}: {path} cannot be read: {error}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UserError(f"engine.server.key_file: others can read {path}; chmod 600 it")
+        raise UserError(f"{option}: others can read {path}; chmod 600 it")
     if not key or not key.isascii() or not key.isprintable():
-        raise UserError(f"engine.server.key_file: {path} holds no key; write it on one line")
+        raise UserError(f"{option}: {path} holds no key; write it on one line")
     return key
