@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor, distributed
+from torch import Tensor
 
 from hpc.errors import UserError
 from insightv import models
@@ -22,7 +22,6 @@ from insightv.training.attention import attention_mask, span_table
 from insightv.training.backend import Outcome, whole_batch
 from insightv.training.config import TrainConfig
 from insightv.training.megatron.families import shape_of
-from insightv.training.megatron.layout import Layout
 from insightv.training.megatron.model import Inputs, build, initialise, logprobs
 from insightv.training.megatron.optimizer import Adam
 from insightv.training.megatron.schedule import forward_backward, replicate
@@ -47,7 +46,11 @@ class MegatronBackend:
             UserError: The folder, the layout or the number of ranks cannot be used.
         """
         self._folder, self._layout, self._ranks = folder, config.megatron, ranks
-        _check(config, ranks.count)
+        if config.device == "cpu" and _cuda():
+            raise UserError(
+                "device=cpu: the megatron backend computes on GPUs where there are some; hide "
+                "them with CUDA_VISIBLE_DEVICES="
+            )
         self.digest = ranks.first(lambda: models.digest_of(folder))
         self.processor = models.load_processor(folder)
         outline = models.outline(folder)
@@ -165,22 +168,3 @@ def _draws_nothing(vision: Any) -> None:
 
 def _cuda() -> bool:
     return torch.cuda.is_available()
-
-
-def _check(config: TrainConfig, ranks: int) -> None:
-    """Refuses what can be told before anything is loaded."""
-    layout: Layout = config.megatron
-    if ranks == 1 and layout.model_ranks > 1:
-        raise UserError(
-            f"megatron.tensor_parallel x pipeline_parallel is {layout.model_ranks}, and this is "
-            f"one process: start it as `torchrun --nproc-per-node {layout.model_ranks} -m "
-            "insightv train …`, or in a chain on a cluster whose profile gives trainings so many "
-            "nodes x tasks"
-        )
-    layout.data_parallel(ranks)
-    if config.device == "cpu" and _cuda():
-        raise UserError(
-            "device=cpu: the megatron backend computes on GPUs where there are some; hide them "
-            "with CUDA_VISIBLE_DEVICES="
-        )
-    assert distributed.is_initialized()
