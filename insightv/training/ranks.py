@@ -26,6 +26,9 @@ from insightv.training.config import TrainConfig
 
 T = TypeVar("T")
 
+WRITING = timedelta(hours=1)
+"""How long ranks wait for each other in a backend; the longest is for what one of them writes."""
+
 PATIENCE = timedelta(days=7)
 """How long ranks wait in `Ranks.every`, while the first writes a model or computes reference
 values. One that dies is noticed at once, by its connection."""
@@ -145,7 +148,9 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     alone: dict[str, Any] = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
     try:
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", **(alone if count == 1 else {})
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=WRITING,
+            **(alone if count == 1 else {}),
         )
     except (ValueError, RuntimeError) as error:
         place = os.environ.get("MASTER_ADDR", "(no MASTER_ADDR)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class MegatronBackend:
         self, batches: Sequence[Batch], totals: Totals, objective: Objective, backward: bool = True
     ) -> tuple[list[Tensor], list[Replies]]:
         """Micro-batches through the stages; on the last one their shares of the loss."""
-        batches = [batch.to(self._device) for batch in batches]
+        batches = [self._placed(batch) for batch in batches]
 
         def share(logits: Tensor, number: int) -> tuple[Tensor, tuple[Tensor, Replies | None]]:
             batch = batches[number]
@@ -129,16 +130,18 @@ class MegatronBackend:
         found = forward_backward(self._copies, inputs, share, backward)
         return [value for value, _ in found], [part for _, part in found if part is not None]
 
+    def _placed(self, batch: Batch) -> Batch:
+        """On this rank's device; pictures go to the first stage only."""
+        if not self._first:
+            tokens = {name: value for name, value in batch.inputs.items() if name in _TOKENS}
+            batch = replace(batch, inputs=tokens)
+        return batch.to(self._device)
+
     def _inputs(self, batch: Batch) -> Inputs:
         mask: Any = attention_mask(batch, "dense") if batch.width <= SHORT else span_table(batch)
-        held = {name: value for name, value in batch.inputs.items() if name not in _TOKENS}
-        return Inputs(
-            batch.inputs["input_ids"],
-            batch.inputs["position_ids"],
-            mask,
-            held if self._first else {},
-            batch.places,
-        )
+        pictures = {name: value for name, value in batch.inputs.items() if name not in _TOKENS}
+        tokens, positions = batch.inputs["input_ids"], batch.inputs["position_ids"]
+        return Inputs(tokens, positions, mask, pictures, batch.places)
 
     def save(self, folder: Path) -> None:
         """See `Backend`; what it writes, any layout resumes."""
