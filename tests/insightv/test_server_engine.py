@@ -39,6 +39,7 @@ FAKE = str(Path(__file__).with_name("openai_server.py"))
 SMALL = [sys.executable, FAKE, "{port}", "{name}"]
 SMOKE = Path(__file__).parents[2] / "configs" / "chain" / "smoke.yaml"
 PROMPTS = load_prompts("tiny")
+BEFORE: list[psutil.Process] = []
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,7 @@ def _rooms(monkeypatch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch")
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    BEFORE[:] = psutil.Process().children(recursive=True)  # what other tests' libraries keep
     yield
     assert not left() and not scratch()
 
@@ -80,7 +82,7 @@ def run(scenario, config, pictures=None, logs=None):
 
 def left() -> list[psutil.Process]:
     """What still runs of all that was started here."""
-    return psutil.Process().children(recursive=True)
+    return [one for one in psutil.Process().children(recursive=True) if one not in BEFORE]
 
 
 def servers() -> list[psutil.Process]:
