@@ -83,6 +83,10 @@ class Bars:
     def finished(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
         """Turns the stage's bar into a line."""
         self._drop(stage)
+        if skipped := manifest.get("skipped"):
+            told = f"skipped by {skipped['by']}: {skipped['reason']}"
+            self._say(Text.assemble(("– ", "dim green"), f"{stage.name}  ", (told, "dim")))
+            return
         parts = [duration(manifest["seconds"])]
         if manifest["rows"]:
             parts.append(f"{manifest['rows']:,} rows")

@@ -87,8 +87,14 @@ class Stage:
             a job takes, as threads. Never shapes the result.
         resources: The kind of resources a cluster profile knows: ``cpu`` or ``gpu``.
         distributed: For ``job``: run by every rank of the nodes × tasks that a cluster profile
-            gives it, at once; the counts of rank 0 are kept. Otherwise by one process.
+            gives it, at once; the counts of rank 0 are kept, and a rank that returns none was
+            asked to leave, or heard that another was. Otherwise by one process.
         error_limit: Largest share of inputs that may fail before the stage does.
+        unless: Job stages that decide whether this one is needed: one whose counts hold
+            ``skip``, a reason, lets it pass without work, shards and outputs. A decision that is
+            no parent is not waited for; it may come while the stage is at work, and ends that.
+        counted: Whole numbers to be summed up beside rows, by name: fields of a map stage's rows,
+            counts of a job (``tokens``). Never shapes the result.
     """
 
     name: str
@@ -103,6 +109,8 @@ class Stage:
     resources: str = "cpu"
     distributed: bool = False
     error_limit: float = 0.0
+    unless: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
 
     @property
     def parents(self) -> tuple[str, ...]:

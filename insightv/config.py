@@ -26,6 +26,7 @@ from insightv.demo.sets import QuestionsConfig, Sizes
 from insightv.engines import EngineConfig
 from insightv.evaluation.answering import CallConfig
 from insightv.evaluation.results import LADDER
+from insightv.evaluation.stopping import EarlyStopConfig
 from insightv.generation import GenerationConfig
 from insightv.prompting import FOLDER, load_prompts
 from insightv.questions import Place, SetConfig, count_questions, load_set
@@ -156,11 +157,14 @@ class ModelConfig:
             the embedded one, or a folder of one's own. Empty: ``tiny`` for the embedded model
             and what was trained from it, ``default`` otherwise.
         digest: Filled in when a run starts; a stage is known by it, wherever the folder lies.
+        engine: How this model is run, where it differs from ``engine``: behind a server that
+            runs already, say. Nothing is taken over from there.
     """
 
     path: str = unhashed("")
     prompts: str = ""
     digest: str = ""
+    engine: EngineConfig | None = unhashed(None)
 
 
 @dataclass
@@ -181,6 +185,16 @@ class ModelsConfig:
     generator: ModelConfig = field(default_factory=ModelConfig)
     judge: ModelConfig = field(default_factory=ModelConfig)
     scorer: ModelConfig = field(default_factory=ModelConfig)
+
+    def validate(self) -> None:
+        """Checks how they are run.
+
+        Raises:
+            UserError: One of them cannot be.
+        """
+        for role, model in vars(self).items():
+            if model.engine is not None:
+                model.engine.validate(f"models.{role}.engine")
 
 
 @dataclass
@@ -225,6 +239,7 @@ class RoundsConfig:
             the SFT model of its own. 0: it reuses the paths of round 1, with caps on pairs
             widened by the number of rounds, until it has as many pairs as all rounds together;
             this costs no generation, but its pairs share questions and winners more often.
+        early_stop: When to leave the rest of the rounds out.
     """
 
     count: int = 3
@@ -235,6 +250,7 @@ class RoundsConfig:
     reference: str = "previous"
     log_probabilities: ReferenceConfig = field(default_factory=ReferenceConfig)
     single_paths: int = 0
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
 
     def validate(self) -> None:
         """Checks the values.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from insightv.records import Question, TrainingSample, seed_for
 if TYPE_CHECKING:
     from insightv.assessment.judge import Judge
     from insightv.curation import Groups, PairConfig, PlainQuestions
-    from insightv.engines import Engine
+    from insightv.engines import Engine, EngineConfig
     from insightv.evaluation.answering import EntryConfig
     from insightv.generation import GenerationConfig
     from insightv.training.config import DPOConfig, SFTConfig
@@ -47,12 +47,14 @@ class Source:
         prompts: The set it is spoken to with.
         stage: The stage that makes it; empty for configured ones.
         digest: Of a configured one.
+        engine_config: How it is run, if not like the others.
     """
 
     path: str
     prompts: str
     stage: str = ""
     digest: str = ""
+    engine_config: EngineConfig | None = field(default=None, compare=False)
 
     @property
     def shape(self) -> dict[str, str]:
@@ -74,11 +76,23 @@ class Source:
         """Where it is."""
         return run / self.path if self.stage else model_folder(self.path)
 
-    def engine(self, config: ChainConfig, run: Path) -> Engine:
-        """The model, loaded, with every picture of the run."""
+    def engine(self, config: ChainConfig, context: Context, among: int = 1) -> Engine:
+        """The model, loaded, with every picture of the run.
+
+        Args:
+            config: The chain's.
+            context: The stage's.
+            among: How many engines the stage runs at once.
+        """
         from insightv.engines import load_engine
 
-        return load_engine(self.folder(run), config.engine, pictures(run))
+        return load_engine(
+            self.folder(context.run),
+            self.engine_config or config.engine,
+            pictures(context.run),
+            context.directory / "logs",
+            1 / among,
+        )
 
 
 def pictures(run: Path) -> Pictures:
@@ -164,9 +178,10 @@ def generate(
         from insightv.agents import FinalAgent, SummaryAgent
         from insightv.generation import Generate
 
-        engine, agent = source.engine(config, context.run), None
+        among = 1 if answerer is None else 2
+        engine, agent = source.engine(config, context, among), None
         if answerer is not None:
-            other = answerer.engine(config, context.run)
+            other = answerer.engine(config, context, among)
             drawn = sampling.answer.sampling()
             agent = (SummaryAgent if judging else FinalAgent)(other, answerer.texts, drawn)
         mapper = Generate(sampling, engine, source.texts, config.seed, number, agent)
@@ -187,7 +202,7 @@ def score(config: ChainConfig, source: Source) -> Load:
     def load(context: Context) -> Mapper:
         from insightv.assessment.scoring import Score
 
-        engine = source.engine(config, context.run)
+        engine = source.engine(config, context)
         return Score(engine, source.texts, config.score, config.seed)
 
     return load
@@ -197,17 +212,18 @@ def judge(config: ChainConfig, source: Source | None) -> Load:
     """Paths → verdicts; without a model the rules alone decide."""
 
     def load(context: Context) -> Mapper:
-        return _judge(config, source, context.run)
+        return _judge(config, source, context)
 
     return load
 
 
-def _judge(config: ChainConfig, source: Source | None, run: Path) -> Judge:
+def _judge(config: ChainConfig, source: Source | None, context: Context, among: int = 1) -> Judge:
     from insightv.assessment.judge import Judge
 
     if source is None:
         return Judge(None, load_prompts("default"), config.judge, config.seed)
-    return Judge(source.engine(config, run), source.texts, config.judge, config.seed)
+    engine = source.engine(config, context, among)
+    return Judge(engine, source.texts, config.judge, config.seed)
 
 
 # ---- sets
@@ -317,7 +333,6 @@ def dpo(config: ChainConfig, training: DPOConfig, policy: Source, tied: Source, 
     """Trains the policy on pairs, tied to the reference that scored them."""
 
     def run(context: Context) -> Counts | None:
-        from insightv.models import digest_of
         from insightv.training.trainer import train_dpo
 
         seeded = replace(training, seed=seed_for(config.seed, "training", out, training.seed))
@@ -328,7 +343,7 @@ def dpo(config: ChainConfig, training: DPOConfig, policy: Source, tied: Source, 
             pictures(context.run),
             context.run / out,
             context,
-            digest_of(tied.folder(context.run)),
+            tied.folder(context.run),
         )
 
     return run
@@ -350,10 +365,9 @@ def answer(
         from insightv.evaluation.answering import Answer, donate
 
         texts = (reasoner or summariser or Source("", "default")).texts
-        engines: dict[Source, Engine] = {}
-        for source in (reasoner, summariser):
-            if source is not None and source not in engines:
-                engines[source] = source.engine(config, context.run)
+        agents = dict.fromkeys(source for source in (reasoner, summariser) if source is not None)
+        among = len(agents) + (referee is not None)
+        engines = {source: source.engine(config, context, among) for source in agents}
         donors = None
         if entry.mode == "judge_card":
             folders = context.shards("questions"), context.shards("predictions")
@@ -361,7 +375,7 @@ def answer(
         return Answer(
             entry,
             texts,
-            _judge(config, referee, context.run),
+            _judge(config, referee, context, among),
             engines[reasoner] if reasoner else None,
             engines[summariser] if summariser else None,
             config.seed,
@@ -369,6 +383,41 @@ def answer(
         )
 
     return load
+
+
+def validate(
+    config: ChainConfig,
+    entry: EntryConfig,
+    reasoner: Source,
+    summariser: Source,
+    referee: Source | None,
+) -> Load:
+    """Validation questions of the reasoned sets → a round's predictions."""
+    ask = answer(config, entry, reasoner, summariser, referee)
+    return lambda context: _Only(ask(context), config.questions.reasoned)
+
+
+def decide(config: ChainConfig, number: int) -> Run:
+    """Decides whether rounds go on after this one."""
+
+    def run(context: Context) -> Counts:
+        from insightv.evaluation.stopping import decide
+
+        rounds, seed = config.rounds, config.evaluation.resamples_seed
+        return decide(context.run, number, rounds.count, rounds.early_stop, seed)
+
+    return run
+
+
+def choose(config: ChainConfig, target: str) -> Run:
+    """Takes over the best round's model."""
+
+    def run(context: Context) -> Counts:
+        from insightv.evaluation.stopping import choose
+
+        return choose(context.run, config.rounds.count, target)
+
+    return run
 
 
 def results(config: ChainConfig) -> Run:

@@ -18,8 +18,9 @@ from hpc.forecasting import Forecast, Measured, extrapolate, measure, path_of
 from hpc.retention import size
 from hpc.rundir import Chain, RunDir
 from insightv.chain import ENTRIES
-from insightv.config import SETS, ChainConfig, model_folder
+from insightv.config import MOST_ROUNDS, SETS, ChainConfig, model_folder
 from insightv.demo.sets import Sizes
+from insightv.evaluation.stopping import CHOICE
 
 _SPLITS = ("train", "validation", "test")
 _SHARDS = 8  # enough to see how much they differ
@@ -48,6 +49,8 @@ def small(config: ChainConfig, share: float, floor: int) -> ChainConfig:
                 sizes = made.questions.take.setdefault(name, Sizes())
             setattr(sizes, split, min(whole, max(math.ceil(whole * share), floor)))
     total = _questions(made, "train")
+    # A forecast is of all rounds; and so few questions decide nothing.
+    made.rounds.early_stop.patience = MOST_ROUNDS
     made.questions.per_shard = max(min(config.questions.per_shard, -(-total // _SHARDS)), 1)
     return made
 
@@ -73,6 +76,11 @@ def _units(config: ChainConfig, name: str) -> float:
         return asked * votes
     if first in ("results", "report"):
         return asked
+    if rest == "validate":
+        reasoned = (getattr(config.questions, name) for name in config.questions.reasoned)
+        return sum(sizes.validation for sizes in reasoned)
+    if rest == "decide" or name == CHOICE:
+        return 1.0
     paths = _paths(config, first, rest)
     return _seen(config.rounds.dpo, paths) if rest in ("dpo", "train") else paths
 
@@ -163,6 +171,10 @@ def _alike(name: str, measured: dict[str, Measured]) -> str:
         return _ALIKE[first]
     if first == "questions":
         return "questions-test"
+    if rest == "validate":
+        return _ALIKE["eval"]
+    if rest == "decide" or name == CHOICE:
+        return "results"
     return f"r1-{rest}" if f"r1-{rest}" in measured else "r1-generate"
 
 

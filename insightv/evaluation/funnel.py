@@ -30,8 +30,9 @@ _POINTS = 400
 
 
 def complete(run: Path, stage: str) -> bool:
-    """Whether the stage has been committed by its gate."""
-    return RunDir(run).manifest(stage).is_file()
+    """Whether the stage has been committed by its gate, and not let pass by a decision."""
+    manifest = RunDir(run).read_manifest(stage)
+    return manifest is not None and not manifest.get("skipped")
 
 
 def shard_folder(run: Path, stage: str) -> Path:

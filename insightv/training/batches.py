@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from hpc.stages import Row
 from insightv import models
 from insightv.pictures import Pictures
 from insightv.records import Message, PreferencePair, RecordFormatError, TrainingSample, seed_for
+from insightv.training.ranks import Ranks
 
 
 class TooLong(RecordError):
@@ -213,27 +214,39 @@ class Rows:
         rows: Iterable[Row] | Path,
         directory: Path,
         check: Callable[[Row], None] = lambda row: None,
+        ranks: Ranks | None = None,
     ):
-        """Copies the rows of an iterable or a shard folder to a nameless file in ``directory``.
+        """Copies the rows of an iterable or a shard folder to a file in ``directory``.
 
         Args:
             rows: The rows or their shards.
             directory: Has room for all of them.
             check: Sees each row, and raises if it cannot be trained on.
+            ranks: All of them read the one copy that the first makes.
 
         Raises:
             UserError: There are none, a shard is damaged, or ``check`` found fault.
         """
+        ranks = ranks or Ranks()
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._names = [directory / "rows.jsonl", directory / "rows.npy"] if ranks.count > 1 else []
+        self._lead = ranks.lead
+        # Closed with the object that reads it; alone it has no name that could stay behind.
+        if not self._names:
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        self.digest: str = ranks.first(lambda: self._write(rows, check))
+        ranks.every(self._open)
+
+    def _write(self, rows: Iterable[Row] | Path, check: Callable[[Row], None]) -> str:
         if isinstance(rows, Path):
             from hpc.shards import read_rows
 
             source, lines = str(rows), read_rows(rows)
         else:
             source, lines = "the training data", iter(rows)
-        directory.mkdir(parents=True, exist_ok=True)
-        # Closed with the object that reads it; unlinked from the start.
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
-        self._lock = threading.Lock()
+        if self._names:
+            self._file = self._names[0].open("w+b")
         total, offsets, end = hashlib.sha256(), [0], 0
         for row in lines:
             check(row)
@@ -243,8 +256,17 @@ class Rows:
             offsets.append(end)
         if end == 0:
             raise UserError(f"nothing to train on: {source} holds no rows")
+        self._file.flush()
         self._offsets = np.array(offsets)
-        self.digest = total.hexdigest()[:16]
+        if self._names:
+            np.save(self._names[1], self._offsets)
+        return total.hexdigest()[:16]
+
+    def _open(self) -> None:
+        """On the ranks that read what the first has written."""
+        if not self._lead:
+            self._file = self._names[0].open("rb")
+            self._offsets = np.load(self._names[1])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -260,6 +282,9 @@ class Rows:
     def close(self) -> None:
         """Gives the disk space back."""
         self._file.close()
+        if self._lead:
+            for name in self._names:
+                name.unlink(missing_ok=True)
 
 
 def step_members(seed: int, step: int, rows: int, batch_size: int, epochs: int) -> list[int]:
