@@ -404,7 +404,8 @@ def resolve(config: ChainConfig) -> None:
         asked.folder = str(Path(asked.folder).expanduser().absolute())
     for mapping in (*asked.mappings, *asked.held_out_mappings):
         for name, split in mapping.splits.items():
-            if asked.most(mapping, name) != 0 or name != "train":
+            looked_for = name != "train" and asked.duplicates != "keep"
+            if looked_for or asked.most(mapping, name) != 0:
                 split.digest = fingerprint(mapping, name, asked.place)
     for mapping in asked.mappings:
         for name in mapping.splits:

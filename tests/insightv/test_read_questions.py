@@ -142,6 +142,15 @@ def test_a_rehearsal_takes_its_share_of_sets_that_are_read(folder, tmp_path):
     assert len(rows) == 4
 
 
+def test_only_files_that_are_read_must_be_there(folder):
+    for path in folder.glob("ChartQA/data/test-*"):
+        path.unlink()
+    only = "questions.take={chartqa: {train: 5}}"
+    with pytest.raises(UserError, match=r"test-\*.parquet"):
+        config(folder, only)  # looked through for duplicates
+    assert config(folder, only, "questions.duplicates=keep")
+
+
 def test_sizes_of_the_hub_must_be_given(folder):
     with pytest.raises(UserError, match="give the sizes of chartqa"):
         config("/nowhere", "questions.network=true")
