@@ -15,7 +15,8 @@ from hpc.shards import read_rows
 from hpc.work import work
 from insightv import cli
 from insightv.chain import assemble, build
-from insightv.config import ChainConfig, checked, folders, read
+from insightv.chainfile import checked, folders, read
+from insightv.config import ChainConfig
 from insightv.payloads import _Only, questions
 from insightv.pictures import Pictures
 from insightv.records import Question

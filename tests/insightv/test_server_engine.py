@@ -23,13 +23,14 @@ from hpc.rundir import Chain, RunDir
 from hpc.shards import read_groups, shard_paths
 from insightv.agents import direct_messages, reasoning_messages, summary_messages
 from insightv.chain import assemble
-from insightv.config import model_folder, read
+from insightv.chainfile import read
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
 from insightv.engines.server import process
 from insightv.engines.server.config import ServerConfig
 from insightv.engines.server.process import ServerGone
 from insightv.engines.server.programs import Place, split_gpus, variables, words
+from insightv.folders import model_folder
 from insightv.pictures import Pictures, PictureWriter
 from insightv.prompting import load_prompts
 from insightv.records import Message
