@@ -92,6 +92,7 @@ class RunContext:
         run: The run directory.
         directory: The stage's own directory.
         moved: When the payload last told progress, or began, on the monotonic clock.
+        lead: Whether this process speaks for its job: the first of a distributed job's ranks.
     """
 
     def __init__(self, chain: Chain, stage: Stage, signals: Signals) -> None:
@@ -100,6 +101,7 @@ class RunContext:
         self.directory = chain.run.stage_dir(stage.name)
         self.owner = Owner.here(_job_id())
         self._chain, self._stage, self._signals = chain, stage, signals
+        self.lead = not stage.distributed or int(os.environ.get("RANK", "0")) == 0
         self._numbers: dict[str, float] = {}
         self._told = -_TELL_SECONDS
         self.moved = self._made = time.monotonic()
@@ -118,17 +120,18 @@ class RunContext:
     def progress(self, done: int, total: int, **numbers: float) -> None:
         """Tells how far the payload is.
 
-        Of a map stage's payload only the numbers are kept: its worker knows the rest.
+        Of a map stage's payload only the numbers are kept: its worker knows the rest. Of the
+        ranks of a job the first one is heard.
         """
         self._numbers.update(numbers)
         self.moved = time.monotonic()
-        if self._stage.kind == "job":
+        if self._stage.kind == "job" and self.lead:
             self.ready()
             self.tell(done, total)
 
     def ready(self) -> None:
         """Notes, once, how long the payload took until it could begin: a forecast needs it."""
-        if self._ready or int(os.environ.get("RANK", "0")) > 0:
+        if self._ready or not self.lead:
             return
         self._ready = True
         took = {"job": self.owner.job, "seconds": round(time.monotonic() - self._made, 2)}

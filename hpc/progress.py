@@ -93,6 +93,9 @@ class Bars:
         line = Text.assemble(("✓ ", "green"), f"{stage.name}  ", ("  ".join(parts), "dim"))
         if manifest["errors"]:
             line.append(f"  {manifest['errors']:,} errors", "yellow")
+        counts = manifest.get("counts", {})
+        if dropped := sum(n for name, n in counts.items() if name.startswith("dropped: ")):
+            line.append(f"  {dropped:,} dropped", "yellow")
         self._say(line)
 
     def retried(self, stage: Stage, reason: str) -> None:

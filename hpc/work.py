@@ -113,18 +113,19 @@ def _watched(context: RunContext) -> Iterator[None]:
 def _run_job(chain: Chain, stage: Stage, context: RunContext, signals: Signals) -> int:
     """Runs a job once; its counts, written at the end by rank 0, tell the gate it is done."""
     assert stage.run is not None
-    if stage.distributed and int(os.environ.get("RANK", "0")) > 0:
+    if not context.lead:
         with _watched(context):
             counts = stage.run(context)
-        return 0 if counts is not None else signals.status() or 0
+        return 0 if counts is not None else signals.status() or REQUEUE
     path = chain.run.counts(stage.name)
     path.unlink(missing_ok=True)
     if (asked := signals.status()) is not None:
         return asked
     with _watched(context):
         counts = stage.run(context)
-    # A payload that was asked to leave and did returns no counts.
-    if counts is None and (asked := signals.status()) is not None:
-        return asked
+    # A payload that was asked to leave and did returns no counts. Of several ranks it may have
+    # been another that was asked: the highest of their statuses is the job's.
+    if counts is None and ((asked := signals.status()) is not None or stage.distributed):
+        return asked or REQUEUE
     write_atomic(path, json.dumps(counts or {}, indent=1) + "\n")
     return 0

@@ -18,11 +18,14 @@ from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
 from hpc.stages import Stage
 from insightv import payloads
-from insightv.config import NONE, ChainConfig, ModelConfig, folders
+from insightv.chainfile import folders
+from insightv.config import NONE, ChainConfig, ModelConfig
 from insightv.evaluation import stopping
 from insightv.evaluation.answering import EntryConfig
 from insightv.generation import GenerationConfig
 from insightv.payloads import ROLES, MakeSet, Source
+from insightv.questions import making
+from insightv.training.config import TrainConfig
 
 ENTRIES = {
     "base": ("direct", "base", ""),
@@ -122,9 +125,12 @@ class _Stages:
     def _job(self, name: str, **parts: Any) -> str:
         return self._add(Stage(name, "job", **parts))
 
-    def _training(self, name: str, **parts: Any) -> str:
+    def _training(self, name: str, training: TrainConfig, **parts: Any) -> str:
+        """A training; but for the torch backend on as many ranks as the profile gives it."""
         workers = self.config.local.workers or sys.maxsize
-        return self._job(name, workers=workers, resources="gpu", counted=TOKENS, **parts)
+        ranks = training.backend != "torch"
+        parts |= {"distributed": ranks, "counted": TOKENS}
+        return self._job(name, workers=workers, resources="gpu", **parts)
 
     # ---- questions, and one round of paths with their assessment
 
@@ -141,8 +147,31 @@ class _Stages:
             "seed": self.config.seed if split == "train" else asked["held_out_seed"],
             "per_shard": asked["per_shard"],
         }
+        outputs = [f"stages/{name}/pictures"]
+        if asked["mappings"]:
+            shape["read"] = making.shape(self.config.questions, split)
+            outputs.append(f"stages/{name}/{making.DROPPED}")
         run = payloads.questions(self.config, split)
-        return self._job(name, config=shape, run=run, outputs=(f"stages/{name}/pictures",))
+        return self._job(name, config=shape, run=run, outputs=tuple(outputs))
+
+    def _direct(self) -> str:
+        """The generator's answers without reasoning, which tell what is hard."""
+        asked, name = self.config.questions, "hard-direct"
+        entry = EntryConfig("hard", "direct", reasoning_model="generator", answer=asked.direct)
+        entry.validate()
+        return self._map(
+            name,
+            inputs={"questions": "questions-train"},
+            config={
+                "seed": self.config.seed,
+                "entry": shaping(entry),
+                "sets": list(asked.hard),
+                "by": self.generator.shape,
+                "judge": shaping(self.config.judge),
+                "judged by": self._referee(),
+            },
+            load=payloads.direct(self.config, entry, self.generator, self.judge),
+        )
 
     def _paths(self, prefix: str, source: Source, sampling: GenerationConfig, number: int) -> None:
         """Generation, verdicts and scores of one round, named ``<prefix>-…``."""
@@ -164,9 +193,12 @@ class _Stages:
         }
         if answerer is not None:
             shape |= {"answers by": answerer.shape, "judging": judging}
+        hard = config.questions.hard
+        if hard:
+            shape["hard"] = list(hard)
         self._map(
             generate,
-            inputs=inputs,
+            inputs=inputs | ({"direct": self._direct()} if hard else {}),
             after=_stages(source, answerer),
             config=shape,
             load=payloads.generate(config, source, sampling, number, answerer, judging),
@@ -233,6 +265,7 @@ class _Stages:
         training = getattr(self.config.training, name.replace("-", "_"))
         self._training(
             stage,
+            training,
             inputs={"samples": self._set(name)},
             config={
                 "seed": self.config.seed,
@@ -440,6 +473,7 @@ class _Stages:
         )
         self._training(
             stage,
+            rounds.dpo,
             inputs={"pairs": f"{prefix}-reference"},
             after=_stages(policy, tied),
             config={
@@ -516,4 +550,4 @@ def _stages(*sources: Source | None) -> tuple[str, ...]:
 
 
 def _configured(model: ModelConfig) -> Source:
-    return Source(model.path, model.prompts, digest=model.digest)
+    return Source(model.path, model.prompts, digest=model.digest, engine_config=model.engine)

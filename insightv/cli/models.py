@@ -67,7 +67,7 @@ def ask(
     if not question.strip():
         raise UserError("QUESTION is empty; ask something about the picture")
     chain = opened(directory)
-    reasoning, summary = _agents(chain.run)
+    reasoning, summary = agents_of(chain.run)
     try:
         data = picture.read_bytes()
         decode(data, str(picture))
@@ -81,7 +81,7 @@ def ask(
         asked = Question("asked:here:0", question, (name,), "", "text")
         try:
             asyncio.run(
-                _ask(_config(chain.run), reasoning, summary, asked, Pictures([Path(folder)]))
+                _ask(config_of(chain.run), reasoning, summary, asked, Pictures([Path(folder)]))
             )
         except RecordError as error:
             raise UserError(f"{picture}: {error}") from None
@@ -108,7 +108,7 @@ async def _ask(
         await last.close()
 
 
-def _agents(run: RunDir) -> tuple[Path, Path]:
+def agents_of(run: RunDir) -> tuple[Path, Path]:
     """The reasoning agent that the rounds ended in, or of the last so far; the summary agent.
 
     Raises:
@@ -123,7 +123,8 @@ def _agents(run: RunDir) -> tuple[Path, Path]:
     return found[-1], summary
 
 
-def _config(run: RunDir) -> ChainConfig:
+def config_of(run: RunDir) -> ChainConfig:
+    """The resolved configuration of a run."""
     from hpc.config import load
     from insightv.config import ChainConfig
 
@@ -142,7 +143,7 @@ def evaluate(
     from insightv.evaluation.results import collect, results_table
 
     run = opened(directory).run
-    config = _config(run)
+    config = config_of(run)
     config.evaluation = replace(config.evaluation, entries=entries, split=split)
     config.evaluation.validate()
     chain = _evaluation(config, run)
