@@ -7,6 +7,8 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 GROUND = pyproject.toml constraints.txt
+# Two at a time: what waits for the test cluster beside what computes.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # DeepSpeed, where it is installed, must not look for a CUDA compiler.
 export DS_BUILD_OPS = 0
@@ -24,10 +26,10 @@ demo: $(VENV)/.demo ## the whole method on this machine, tiny, in minutes; see r
 	@$(VENV)/bin/insightv run configs/chain/quickstart.yaml --run-dir $(RUN)
 
 test: $(VENV)/.test lint ## lint, types and every test that a landing waits for
-	@$(VENV)/bin/python -m pytest
+	@$(PYTEST)
 
 test-full: $(VENV)/.test lint ## make test, and the long tests
-	@$(VENV)/bin/python -m pytest -m "full or not full"
+	@$(PYTEST) -m "full or not full"
 
 lint: $(VENV)/.test ## ruff and mypy
 	@$(VENV)/bin/ruff check .

@@ -1,10 +1,26 @@
-"""What did not run is said aloud, and is a failure where CI is set."""
+"""What did not run is said aloud, and is a failure where CI is set; what runs side by side."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 _NAMES = ("1", "true", "yes")
+_TOGETHER = ("cluster", "containers")
+"""Folders whose tests share something there is one of: a Slurm, an image."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of a file stay in one process, as their fixtures are made once a file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = Path(nodeid.split("::")[0])
+            return next((part for part in path.parts if part in _TOGETHER), str(path))
+
+    return Together(config, log)
 
 
 def _ci() -> bool:
