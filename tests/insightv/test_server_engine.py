@@ -152,6 +152,38 @@ def test_greedy_texts_are_the_same_on_a_hundred_questions(tmp_path):
     assert same_greedy_texts(tmp_path, 68) == 612
 
 
+@pytest.mark.full
+def test_a_plain_transformers_serve_that_runs_already(tmp_path):
+    """Without what is mended in one of our own: no stop strings, no key, a space lost."""
+    questions, pictures = draw(tmp_path / "pictures", 4)
+    asked = [chat for question in questions[:2] for chat in chats(question)]
+    port = process.free_port()
+    start = "from transformers.cli.transformers import app; app()"
+    words = [sys.executable, "-c", start, "serve", str(TINY), "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(
+            [*words, "--host", "127.0.0.1", "--device", "cpu"], stdout=log, stderr=log
+        )
+    server = ServerConfig(
+        url=[f"http://127.0.0.1:{port}/v1"], model=str(TINY), dialect="transformers"
+    )
+    behind = EngineConfig(kind="server", server=server)
+
+    async def both(engine):
+        here = load_engine(TINY, EngineConfig(device="cpu", threads=1), pictures)
+        try:
+            return await complete(here, asked), await complete(engine, asked)
+        finally:
+            await here.close()
+
+    try:
+        here, there = run(both, behind, pictures)
+    finally:
+        running.kill()
+        running.wait()
+    assert [reply.text.strip() for reply in here] == [reply.text.strip() for reply in there]
+
+
 def test_draws_keys_and_what_others_see(tmp_path):
     questions, pictures = draw(tmp_path / "pictures", 4)
     shown = questions[0].pictures
