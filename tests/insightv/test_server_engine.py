@@ -325,6 +325,12 @@ def test_a_port_that_is_taken_is_left_to_its_owner(monkeypatch):
         assert run(scenario, config(*SMALL)).text == "reply to 0"
 
 
+def test_ports_are_none_of_outgoing_connections():
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {process.free_port() for _ in range(20)}
+    assert len(ports) > 1 and all(1024 < port < low for port in ports)
+
+
 def test_the_listener_must_be_ours(monkeypatch):
     with socket.socket() as ours:
         ours.bind(("127.0.0.1", 0))
