@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ from hpc.errors import UserError
 from hpc.rundir import RunDir
 from hpc.shards import join, read_rows, write_groups
 from hpc.stages import Context, Counts, Mapper, Row
-from insightv.config import ChainConfig, model_folder
+from insightv.config import ChainConfig
+from insightv.folders import model_folder
 from insightv.pictures import Pictures, PictureWriter
 from insightv.prompting import Prompts, load_prompts
 from insightv.records import Question, TrainingSample, seed_for
@@ -108,38 +109,47 @@ def questions(config: ChainConfig, split: str) -> Run:
 
     def run(context: Context) -> Counts:
         from insightv.demo.sets import make_questions
+        from insightv.questions.making import make_read, told_of
 
         counts: Counter[str] = Counter()
 
         def groups(writer: PictureWriter) -> Iterator[tuple[str, list[Row]]]:
-            total = sum(
-                getattr(getattr(config.questions, name), split)
-                for name in ("charts", "reading", "shapes")
-            )
-            for question in make_questions(split, config.questions, config.seed, writer):
+            total = sum(config.questions.asked(split).values())
+            drawn = make_questions(split, config.questions, config.seed, writer)
+            read = make_read(config, split, context.directory, writer, counts)
+            for done, question in enumerate(chain(drawn, read), 1):
                 counts[question.benchmark] += 1
-                context.progress(counts.total(), total)
+                context.progress(done, max(total, done))
                 yield question.key, [question.to_json()]
 
         with PictureWriter(context.directory / "pictures") as writer:
             shards = context.directory / "shards"
-            write_groups(shards, groups(writer), config.questions.per_shard)
-        if not counts:
-            raise UserError(f"questions: the sizes of the {split} split are all 0; give some")
+            made = write_groups(shards, groups(writer), config.questions.per_shard)
+        if not made:
+            told = f" ({told_of(counts)})" if counts else ""
+            raise UserError(f"questions: the {split} split has none{told}; give sizes or mend sets")
         return dict(counts)
 
     return run
 
 
 class _Only:
-    """Passes the questions of some sets on to a mapper; the others give no rows."""
+    """Passes some questions on to a mapper: of some sets, and hard ones; others give no rows.
 
-    def __init__(self, mapper: Mapper, names: Sequence[str]):
-        self.mapper, self.names = mapper, tuple(names)
+    Hard are those whose direct answer was judged wrong; one that nobody could judge is not,
+    since nobody could judge its paths either.
+    """
+
+    def __init__(self, mapper: Mapper, names: Sequence[str], hard: Sequence[str] = ()):
+        self.mapper, self.names, self.hard = mapper, tuple(names), tuple(hard)
         self.concurrency = mapper.concurrency
 
     async def __call__(self, key: str, inputs: Mapping[str, list[Row]]) -> list[Row]:
-        return await self.mapper(key, inputs) if key.split(":", 1)[0] in self.names else []
+        name = key.split(":", 1)[0]
+        direct = inputs.get("direct", [])
+        if name in self.hard and not any(row["correct"] is False for row in direct):
+            return []
+        return await self.mapper(key, inputs) if name in self.names else []
 
     async def close(self) -> None:
         await self.mapper.close()
@@ -176,9 +186,15 @@ def generate(
             drawn = sampling.answer.sampling()
             agent = (SummaryAgent if judging else FinalAgent)(other, answerer.texts, drawn)
         mapper = Generate(sampling, engine, source.texts, config.seed, number, agent)
-        return _Only(mapper, config.questions.reasoned)
+        return _Only(mapper, config.questions.reasoned, config.questions.hard)
 
     return load
+
+
+def direct(config: ChainConfig, entry: EntryConfig, source: Source, referee: Source | None) -> Load:
+    """Questions of sets of which only the hard ones count → the generator's direct answers."""
+    answers = answer(config, entry, source, None, referee)
+    return lambda context: _Only(answers(context), config.questions.hard)
 
 
 def score(config: ChainConfig, source: Source) -> Load:
@@ -318,7 +334,6 @@ def dpo(config: ChainConfig, training: DPOConfig, policy: Source, tied: Source, 
     """Trains the policy on pairs, tied to the reference that scored them."""
 
     def run(context: Context) -> Counts | None:
-        from insightv.models import digest_of
         from insightv.training.trainer import train_dpo
 
         seeded = replace(training, seed=seed_for(config.seed, "training", out, training.seed))
@@ -329,7 +344,7 @@ def dpo(config: ChainConfig, training: DPOConfig, policy: Source, tied: Source, 
             pictures(context.run),
             context.run / out,
             context,
-            digest_of(tied.folder(context.run)),
+            tied.folder(context.run),
         )
 
     return run
@@ -369,6 +384,41 @@ def answer(
         )
 
     return load
+
+
+def validate(
+    config: ChainConfig,
+    entry: EntryConfig,
+    reasoner: Source,
+    summariser: Source,
+    referee: Source | None,
+) -> Load:
+    """Validation questions of the reasoned sets → a round's predictions."""
+    ask = answer(config, entry, reasoner, summariser, referee)
+    return lambda context: _Only(ask(context), config.questions.reasoned)
+
+
+def decide(config: ChainConfig, number: int) -> Run:
+    """Decides whether rounds go on after this one."""
+
+    def run(context: Context) -> Counts:
+        from insightv.evaluation.stopping import decide
+
+        rounds, seed = config.rounds, config.evaluation.resamples_seed
+        return decide(context.run, number, rounds.count, rounds.early_stop, seed)
+
+    return run
+
+
+def choose(config: ChainConfig, target: str) -> Run:
+    """Takes over the best round's model."""
+
+    def run(context: Context) -> Counts:
+        from insightv.evaluation.stopping import choose
+
+        return choose(context.run, config.rounds.count, target)
+
+    return run
 
 
 def results(config: ChainConfig) -> Run:

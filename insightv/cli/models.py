@@ -111,13 +111,14 @@ async def _ask(
 
 
 def agents_of(run: RunDir) -> tuple[Path, Path]:
-    """The reasoning agent of the last round there is, and the summary agent.
+    """The reasoning agent that the rounds ended in, or of the last so far; the summary agent.
 
     Raises:
         UserError: The run has not trained them yet.
     """
     rounds = sorted(run.models.glob("reasoning-r*"), key=lambda path: int(path.name[11:] or 0))
-    found = [path for path in [run.models / "reasoning", *rounds] if path.is_dir()]
+    rounds = [run.models / "reasoning", *rounds, run.models / "reasoning-chosen"]
+    found = [path for path in rounds if path.is_dir()]
     summary = run.models / "summary"
     if not found or not summary.is_dir():
         raise UserError(f"{run.path}: the agents are not trained yet; see `insightv status`")

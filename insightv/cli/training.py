@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def sft(
 ) -> int:
     """Fine-tune on training samples; the same command resumes."""
     from hpc.config import load
-    from insightv.config import model_folder
+    from insightv.folders import model_folder
     from insightv.training.config import SFTConfig
 
     settings = load(SFTConfig, config, overrides or ())
@@ -61,7 +62,7 @@ def sft(
     with _Alone(out).at_work() as place:
         from insightv.training.trainer import train_sft
 
-        return _ended(train_sft(settings, folder, data, packs, out, place), out)
+        return _ended(train_sft(settings, folder, data, packs, out, place), out, place)
 
 
 @app.command()
@@ -78,7 +79,7 @@ def dpo(
 ) -> int:
     """Train on preference pairs; the same command resumes."""
     from hpc.config import load
-    from insightv.config import model_folder
+    from insightv.folders import model_folder
     from insightv.training.config import DPOConfig
 
     settings = load(DPOConfig, config, overrides or ())
@@ -87,12 +88,18 @@ def dpo(
     tied = model_folder(reference or model)
     with _Alone(out).at_work() as place:
         from insightv.models import digest_of
+        from insightv.training.ranks import joined
         from insightv.training.trainer import train_dpo
 
-        digest = digest_of(tied)
-        scored = _with_reference(settings, data, tied, digest, packs, place)
-        done = train_dpo(settings, folder, scored, packs, out, place, digest)
-        return _ended(done, out)
+        with joined(settings) as ranks:
+            digest = ranks.first(lambda: digest_of(tied))
+            scored = Path(
+                ranks.first(
+                    lambda: str(_with_reference(settings, data, tied, digest, packs, place))
+                )
+            )
+            done = train_dpo(settings, folder, scored, packs, out, place, digest)
+        return _ended(done, out, place)
 
 
 def _folder(data: Path) -> Path:
@@ -115,10 +122,13 @@ def _pictures(folders: list[Path]) -> Pictures:
     return Pictures(folders)
 
 
-def _ended(counts: Counts | None, out: Path) -> int:
+def _ended(counts: Counts | None, out: Path, place: _Alone) -> int:
     if counts is None:
-        print(f"insightv: saved; the same command goes on with {out}", file=sys.stderr)
+        if place.lead:
+            print(f"insightv: saved; the same command goes on with {out}", file=sys.stderr)
         return _REQUEUE
+    if not place.lead:
+        return 0
     told = ("rows", "step", "samples", "first_loss", "last_loss", "dropped_too_long")
     print(f"{out}: " + ", ".join(f"{name} {counts[name]}" for name in told if name in counts))
     return 0
@@ -184,6 +194,7 @@ class _Alone:
         self.run = out.parent
         self.directory = out.with_name(out.name + ".training")
         self.stop = False
+        self.lead = int(os.environ.get("RANK", "0")) == 0  # of several, the one that is heard
         self.bar: Progress | None = None
 
     def shards(self, role: str) -> Path:
@@ -215,7 +226,7 @@ class _Alone:
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
         try:
             console = Console(stderr=True)
-            hidden = not console.is_terminal
+            hidden = not console.is_terminal or not self.lead
             with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
                 bar.add_task("", total=None)
                 self.bar = bar

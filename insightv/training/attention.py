@@ -97,6 +97,20 @@ _KINDS: dict[str, Callable[[Batch], Mask]] = {
 }
 
 
+def span_table(batch: Batch) -> Tensor:
+    """``spans`` as a tensor [S, 5] on the CPU: the number of its row before each of them."""
+    table = [(number, *span) for number, row in enumerate(batch.spans) for span in row]
+    return torch.tensor(table, dtype=torch.int32)
+
+
+def spans_of(table: Tensor, rows: int) -> list[list[Span]]:
+    """The spans of each row, back from `span_table`."""
+    spans: list[list[Span]] = [[] for _ in range(rows)]
+    for number, *span in table.tolist():
+        spans[number].append(Span(*span))
+    return spans
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A dense mask as what eager attention adds to its scores."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

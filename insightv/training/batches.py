@@ -20,15 +20,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from hpc.errors import RecordError, UserError
 from hpc.stages import Row
-from insightv import models
+from insightv import chats
 from insightv.pictures import Pictures
 from insightv.records import Message, PreferencePair, RecordFormatError, TrainingSample, seed_for
+from insightv.training.ranks import Ranks
 
 
 class TooLong(RecordError):
@@ -44,7 +45,7 @@ class Reply:
         spans: Half-open ranges of ``encoding.ids`` that are targets.
     """
 
-    encoding: models.Encoding
+    encoding: chats.Encoding
     spans: tuple[tuple[int, int], ...]
 
     @property
@@ -79,11 +80,11 @@ class PictureCache:
     def __init__(self, processor: Any, pictures: Pictures, limit: int):
         """Nothing is prepared before it is asked for; ``limit`` is in bytes."""
         self._processor, self._pictures, self._limit = processor, pictures, limit
-        self._kept: OrderedDict[str, models.EncodedPicture] = OrderedDict()
+        self._kept: OrderedDict[str, chats.EncodedPicture] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def __call__(self, picture: str) -> models.EncodedPicture:
+    def __call__(self, picture: str) -> chats.EncodedPicture:
         """The prepared picture.
 
         Raises:
@@ -93,7 +94,7 @@ class PictureCache:
             if picture in self._kept:
                 self._kept.move_to_end(picture)
                 return self._kept[picture]
-        encoded = models.encode_picture(self._processor, self._pictures.image(picture))
+        encoded = chats.encode_picture(self._processor, self._pictures.image(picture))
         with self._lock:
             if picture not in self._kept and encoded.bytes <= self._limit:
                 self._kept[picture] = encoded
@@ -148,20 +149,20 @@ class Encoder:
             raise UserError(f"training sample {key}: the chat must begin with a user turn")
         shown = [self._picture(picture) for picture in pictures]
         last = trained[-1]
-        prompt = models.encode(self.processor, messages[:last], shown)
+        prompt = chats.encode(self.processor, messages[:last], shown)
         target = self._target(messages, last)
         length = len(prompt.ids) + len(target)
         if length > self.max_length:
             raise TooLong(f"{length} tokens, more than max_length {self.max_length}")
         spans = [self._earlier(messages, turn, shown, prompt) for turn in trained[:-1]]
         marks = {name: [*values, *[0] * len(target)] for name, values in prompt.marks.items()}
-        whole = models.Encoding(prompt.ids + target, marks, prompt.pictures)
+        whole = chats.Encoding(prompt.ids + target, marks, prompt.pictures)
         return Reply(whole, (*spans, (len(prompt.ids), length)))
 
     def _target(self, messages: Sequence[Message], turn: int) -> list[int]:
         """Tokens of an assistant turn as the model writes them, end of turn included."""
-        asked = models.render(self.processor, messages[:turn], 0)
-        answered = models.render(self.processor, messages[: turn + 1], 0)
+        asked = chats.render(self.processor, messages[:turn], 0)
+        answered = chats.render(self.processor, messages[: turn + 1], 0)
         if not answered.startswith(asked):
             raise RecordError("the chat template changes a turn's beginning once it is answered")
         text = answered[len(asked) :]
@@ -169,10 +170,10 @@ class Encoder:
         return [*ids, *self._tail]
 
     def _earlier(
-        self, messages: Sequence[Message], turn: int, shown: list[Any], prompt: models.Encoding
+        self, messages: Sequence[Message], turn: int, shown: list[Any], prompt: chats.Encoding
     ) -> tuple[int, int]:
         """Where an earlier trained turn stands in the prompt of the last one."""
-        asked = models.encode(self.processor, messages[:turn], shown).ids
+        asked = chats.encode(self.processor, messages[:turn], shown).ids
         target = self._target(messages, turn)
         start, stop = len(asked), len(asked) + len(target)
         if prompt.ids[:start] != asked or prompt.ids[start:stop] != target:
@@ -213,27 +214,39 @@ class Rows:
         rows: Iterable[Row] | Path,
         directory: Path,
         check: Callable[[Row], None] = lambda row: None,
+        ranks: Ranks | None = None,
     ):
-        """Copies the rows of an iterable or a shard folder to a nameless file in ``directory``.
+        """Copies the rows of an iterable or a shard folder to a file in ``directory``.
 
         Args:
             rows: The rows or their shards.
             directory: Has room for all of them.
             check: Sees each row, and raises if it cannot be trained on.
+            ranks: All of them read the one copy that the first makes.
 
         Raises:
             UserError: There are none, a shard is damaged, or ``check`` found fault.
         """
+        ranks = ranks or Ranks()
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._names = [directory / "rows.jsonl", directory / "rows.npy"] if ranks.count > 1 else []
+        self._lead = ranks.lead
+        # Closed with the object that reads it; alone it has no name that could stay behind.
+        if not self._names:
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        self.digest: str = ranks.first(lambda: self._write(rows, check))
+        ranks.every(self._open)
+
+    def _write(self, rows: Iterable[Row] | Path, check: Callable[[Row], None]) -> str:
         if isinstance(rows, Path):
             from hpc.shards import read_rows
 
             source, lines = str(rows), read_rows(rows)
         else:
             source, lines = "the training data", iter(rows)
-        directory.mkdir(parents=True, exist_ok=True)
-        # Closed with the object that reads it; unlinked from the start.
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
-        self._lock = threading.Lock()
+        if self._names:
+            self._file = self._names[0].open("w+b")
         total, offsets, end = hashlib.sha256(), [0], 0
         for row in lines:
             check(row)
@@ -243,8 +256,17 @@ class Rows:
             offsets.append(end)
         if end == 0:
             raise UserError(f"nothing to train on: {source} holds no rows")
+        self._file.flush()
         self._offsets = np.array(offsets)
-        self.digest = total.hexdigest()[:16]
+        if self._names:
+            np.save(self._names[1], self._offsets)
+        return total.hexdigest()[:16]
+
+    def _open(self) -> None:
+        """On the ranks that read what the first has written."""
+        if not self._lead:
+            self._file = self._names[0].open("rb")
+            self._offsets = np.load(self._names[1])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -260,6 +282,9 @@ class Rows:
     def close(self) -> None:
         """Gives the disk space back."""
         self._file.close()
+        if self._lead:
+            for name in self._names:
+                name.unlink(missing_ok=True)
 
 
 def step_members(seed: int, step: int, rows: int, batch_size: int, epochs: int) -> list[int]:

@@ -2,7 +2,8 @@
 
 ``step-0000123/`` holds the backend's tensors and ``state.json``: the trainer's position and
 the SHA-256 of every other file. It is written under another name, synced, and renamed; one
-whose digests differ is passed over for the one before it.
+whose digests differ is passed over for the one before it. All ranks write and check together,
+and the first one renames.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from hpc.disk import disk_errors, sync_folder
+from insightv.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +59,15 @@ class Position:
 class Checkpoints:
     """The checkpoints of one training, in one folder."""
 
-    def __init__(self, directory: Path, keep: int):
-        """Keeps the newest ``keep``; nothing is touched until the first `save`."""
-        self.directory, self.keep = directory, keep
+    def __init__(self, directory: Path, keep: int, ranks: Ranks | None = None):
+        """Keeps the newest ``keep``; nothing is touched until the first `save`.
+
+        Args:
+            directory: On a file system that all ranks see.
+            keep: How many stay.
+            ranks: Those of the training; all of them make each call.
+        """
+        self.directory, self.keep, self.ranks = directory, keep, ranks or Ranks()
 
     def save(self, position: Position, write: Callable[[Path], None]) -> None:
         """Writes a checkpoint and removes those beyond the newest ``keep``.
@@ -69,45 +79,81 @@ class Checkpoints:
         Raises:
             UserError: The disk is full, or may not be written to.
         """
-        final = self.directory / f"step-{position.step:07d}"
-        if final.exists():  # the same step of the same training: the same state
+        name = f"{position.step:07d}"
+        part, final = self.directory / f"part-{name}", self.directory / f"step-{name}"
+        # The same step of the same training is the same state.
+        if self.ranks.first(final.exists):
             return
+        self.ranks.first(lambda: self._begin(part))
+        self.ranks.every(lambda: self._written(part, write))
+        files = self._digests(part)
+        self.ranks.first(lambda: self._complete(part, final, files, position))
+
+    def _begin(self, part: Path) -> None:
         with writing(self.directory):
-            self._write(position, write, final)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+
+    def _written(self, part: Path, write: Callable[[Path], None]) -> None:
+        with writing(self.directory):
+            write(part)
+
+    def _digests(self, folder: Path) -> dict[str, str]:
+        """SHA-256 of each file, which each rank syncs and reads its share of."""
+        # A network file system may yet hide from one node what another has written.
+        seen = self.ranks.every(lambda: [path.name for path in folder.iterdir()])
+        names = sorted({name for some in seen for name in some})
+
+        def own() -> dict[str, str]:
+            found = {}
+            for name in names[self.ranks.rank :: self.ranks.count]:
+                with writing(folder), (folder / name).open("rb") as file:
+                    os.fsync(file.fileno())
+                    found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            return found
+
+        return {name: digest for part in self.ranks.every(own) for name, digest in part.items()}
+
+    def _complete(self, part: Path, final: Path, files: dict[str, str], position: Position) -> None:
+        with writing(self.directory):
+            with (part / "state.json").open("w") as file:
+                file.write(json.dumps({"files": files, "position": asdict(position)}))
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(part)
+            part.replace(final)
+            sync_folder(self.directory)
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(old)
         for abandoned in self.directory.glob("part-*"):
             shutil.rmtree(abandoned)
-
-    def _write(self, position: Position, write: Callable[[Path], None], final: Path) -> None:
-        part = self.directory / f"part-{position.step:07d}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        write(part)
-        files = {path.name: _digest(path) for path in sorted(part.iterdir())}
-        state = {"files": files, "position": asdict(position)}
-        (part / "state.json").write_text(json.dumps(state))
-        for path in part.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(part)
-        part.replace(final)
-        sync_folder(self.directory)
 
     def resume(self, identity: str, read: Callable[[Path], None]) -> Position | None:
         """Reads the newest whole checkpoint of this training; None if there is none.
 
         Damaged ones, and those of another configuration, model or data set, are removed.
         """
-        for folder in reversed(self._steps()):
-            position = _whole(folder)
+        for name in reversed(self.ranks.first(lambda: [path.name for path in self._steps()])):
+            folder = self.directory / name
+            position = self._whole(folder)
             if position is not None and position.identity == identity:
-                read(folder)
+                self.ranks.every(partial(read, folder))
                 return position
             fault = "is damaged" if position is None else "is of another configuration or data set"
-            logger.warning("checkpoint %s %s: removed", folder, fault)
-            shutil.rmtree(folder)
+            if self.ranks.lead:
+                logger.warning("checkpoint %s %s: removed", folder, fault)
+            self.ranks.first(partial(shutil.rmtree, folder))
         return None
+
+    def _whole(self, folder: Path) -> Position | None:
+        """The position of a checkpoint whose files are all as they were written."""
+        state = self.ranks.first(lambda: _state(folder))
+        if state is None:
+            return None
+        names = sorted(state["files"])[self.ranks.rank :: self.ranks.count]
+        if self.ranks.any(any(_digest(folder / name) != state["files"][name] for name in names)):
+            return None
+        return Position(**state["position"])
 
     def clear(self) -> None:
         """Removes them all; called once the trained model is in place."""
@@ -135,16 +181,19 @@ def writing(path: Path) -> Iterator[None]:
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def _whole(folder: Path) -> Position | None:
+def _state(folder: Path) -> dict[str, Any] | None:
     try:
-        state = json.loads((folder / "state.json").read_text())
-        if any(_digest(folder / name) != digest for name, digest in state["files"].items()):
-            return None
-        return Position(**state["position"])
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        Position(**state["position"])
+        return state if isinstance(state["files"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""

@@ -9,11 +9,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hpc.config import unhashed
+from hpc.config import unhashed, unhashed_factory
 from hpc.errors import UserError
+from insightv.training.megatron.layout import Layout
 
 TERMS = ("sigmoid", "ipo", "bco", "sft")
 """The terms a preference objective may weigh; `insightv.training.objectives` defines them."""
+
+BACKENDS = ("torch", "deepspeed", "megatron")
+"""What holds the model; `insightv.training.backend` says what each of them must do."""
+
+
+@dataclass
+class DeepSpeedConfig:
+    """How ZeRO cuts a model over ranks; no choice here changes a result.
+
+    Attributes:
+        zero_stage: 1 cuts optimizer states over ranks, 2 gradients as well, 3 weights as well.
+        offload: Keep optimizer states in the memory of the node.
+    """
+
+    zero_stage: int = unhashed(2)
+    offload: bool = unhashed(False)
 
 
 @dataclass
@@ -48,6 +65,11 @@ class TrainConfig:
         keep: How many checkpoints stay.
         picture_cache_mb: Memory for prepared pictures.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        backend: ``torch`` (one device), ``deepspeed`` (ZeRO over many) or ``megatron`` (tensor
+            and pipeline parallel). In fp32 they compute the same; in bf16 they round in
+            different places, and a checkpoint of one is no other's.
+        megatron: How the megatron backend lays the model over ranks.
+        deepspeed: How the deepspeed backend does.
     """
 
     epochs: int = 1
@@ -73,6 +95,9 @@ class TrainConfig:
     keep: int = unhashed(2)
     picture_cache_mb: int = unhashed(512)
     device: str = unhashed("auto")
+    backend: str = "torch"
+    megatron: Layout = unhashed_factory(Layout)
+    deepspeed: DeepSpeedConfig = unhashed_factory(DeepSpeedConfig)
 
     def validate(self, name: str = "") -> None:
         """Checks every value; ``name`` is the section's, for the message.
@@ -86,6 +111,7 @@ class TrainConfig:
         _choice(f"{section}schedule", self.schedule, ("cosine", "constant"))
         _choice(f"{section}precision", self.precision, ("bf16", "fp32"))
         _choice(f"{section}device", self.device, ("auto", "cpu", "cuda"))
+        _choice(f"{section}backend", self.backend, BACKENDS)
         for name in ("epochs", "batch_size", "max_length", "tokens_per_micro_batch", "keep"):
             _least(f"{section}{name}", getattr(self, name), 1)
         for name in (

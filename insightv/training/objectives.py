@@ -18,7 +18,7 @@ sft        token-mean of the winners' negative log-likelihood, over the whole ba
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import torch
@@ -172,7 +172,7 @@ class Totals:
 
     @classmethod
     def of(cls, batches: Iterable[Batch]) -> Totals:
-        """Counts the micro-batches of a step (on several devices: all of theirs)."""
+        """Counts the micro-batches of a step, or of one copy's part of it."""
         counts = [
             (
                 len(batch.keys),
@@ -183,6 +183,9 @@ class Totals:
             for batch in batches
         ]
         return cls(*(sum(column) for column in zip(*counts, strict=True)))
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Objective(Protocol):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from insightv import models
+from insightv import chats, models
 from insightv.training.balance import Cost, plan
 from insightv.training.batches import Example
 
@@ -64,7 +64,7 @@ class Tree:
     key: str
     ids: list[int]
     marks: dict[str, list[int]]
-    pictures: tuple[models.EncodedPicture, ...]
+    pictures: tuple[chats.EncodedPicture, ...]
     positions: Tensor
     lengths: tuple[int, ...]
     places: list[int]
@@ -75,12 +75,12 @@ class Tree:
     unshared: int
 
     @classmethod
-    def of(cls, example: Example, positions: Callable[[models.Encoding], Tensor]) -> Tree:
+    def of(cls, example: Example, positions: Callable[[chats.Encoding], Tensor]) -> Tree:
         """Lays an example out.
 
         Args:
             example: Its replies answer the same prompt.
-            positions: Position ids of one sequence, [n] or [3, n] (`models.positions`).
+            positions: Position ids of one sequence, [n] or [3, n] (`chats.positions`).
         """
         encodings = [reply.encoding for reply in example.replies]
         first = encodings[0]
@@ -205,15 +205,18 @@ class Batch:
         )
 
 
-def collate(rows: Sequence[Sequence[Tree]], pad_token: int, multiple: int = 1) -> Batch:
+def collate(
+    rows: Sequence[Sequence[Tree]], pad_token: int, multiple: int = 1, least: int = 0
+) -> Batch:
     """One micro-batch from the trees of its rows.
 
     Args:
         rows: Trees in the order in which they stand in each row; no row is empty.
         pad_token: Fills what is left of a row.
         multiple: The width is rounded up to a multiple of this.
+        least: Rows are at least so wide.
     """
-    width = max(sum(len(tree.ids) for tree in row) for row in rows)
+    width = max(least, _width(rows))
     width = -(-width // multiple) * multiple
     trees = [tree for row in rows for tree in row]
     shape = (len(rows), width)
@@ -249,7 +252,7 @@ def collate(rows: Sequence[Sequence[Tree]], pad_token: int, multiple: int = 1) -
             "input_ids": ids,
             "position_ids": positions,
             **marks,
-            **models.picture_tensors([picture for tree in trees for picture in tree.pictures]),
+            **chats.picture_tensors([picture for tree in trees for picture in tree.pictures]),
         },
         segments=segments,
         prefixes=prefixes,
@@ -267,6 +270,11 @@ def collate(rows: Sequence[Sequence[Tree]], pad_token: int, multiple: int = 1) -
     )
 
 
+def _width(rows: Sequence[Sequence[Tree]]) -> int:
+    """Tokens of the longest row."""
+    return max(sum(len(tree.ids) for tree in row) for row in rows)
+
+
 def _spans(tree: Tree, start: int) -> list[Span]:
     """A tree's segments in a row in which it begins at ``start``."""
     prefix, *branches = tree.lengths
@@ -279,11 +287,24 @@ def _spans(tree: Tree, start: int) -> list[Span]:
     return spans
 
 
+class Planned(NamedTuple):
+    """A micro-batch before it is made: the trees of its rows, by number."""
+
+    rows: list[list[int]]
+    idle: bool = False
+
+
 class Packer:
     """Packs examples for one model."""
 
     def __init__(
-        self, model: Any, pad_token: int, budget: int, ragged: bool = False, multiple: int = 1
+        self,
+        model: Any,
+        pad_token: int,
+        budget: int,
+        ragged: bool = False,
+        multiple: int = 1,
+        alike: int = 0,
     ):
         """Knows how a model numbers positions and what its parts cost.
 
@@ -294,34 +315,64 @@ class Packer:
             ragged: As in `pack`.
             multiple: Rows are rounded up to a multiple of this (FlexAttention's blocks have
                 128 tokens; sequence parallelism needs one of the ranks a row is cut over).
+            alike: Above 0 the micro-batches of a rank's step are equally wide and their number
+                is a multiple of this, as pipelines want.
 
         Raises:
             UserError: A packed row would mean something else to this family.
         """
         models.check_packable(model)
         self.pad_token, self.budget, self.ragged = pad_token, budget, ragged
-        self.multiple = multiple
-        self.positions = models.positions(model)
+        self.multiple, self.alike = multiple, alike
+        self.positions = chats.positions(model)
         self.cost = Cost.of(model)
 
-    def batches(self, examples: Sequence[Example], rank: int = 0, ranks: int = 1) -> list[Batch]:
-        """One rank's micro-batches of a step; as many on every rank.
+    def tree(self, example: Example) -> Tree:
+        """An example, laid out for this model."""
+        return Tree.of(example, self.positions)
 
-        The order in which the examples come changes nothing, not even the last bit of a sum.
+    def alone(self, tree: Tree) -> Batch:
+        """A micro-batch of one tree."""
+        return collate([[tree]], self.pad_token, self.multiple)
+
+    def plan(
+        self, lengths: Sequence[int], costs: Sequence[float], ranks: int = 1
+    ) -> list[list[Planned]]:
+        """Each rank's micro-batches of a step; as many on every rank.
+
+        Args:
+            lengths: Tokens of each tree. Their order changes no result but the last bit of a
+                sum: it must be the same wherever the plan is made.
+            costs: Of each tree (`Packer.cost`).
+            ranks: Data parallel copies of the model.
         """
-        trees = [
-            Tree.of(example, self.positions)
-            for example in sorted(examples, key=lambda one: one.key)
-        ]
-        lengths, costs = [len(tree.ids) for tree in trees], [self.cost(tree) for tree in trees]
-        planned = plan(lengths, costs, self.budget, ranks, self.ragged)[rank]
-        cheapest = trees[costs.index(min(costs))]
+        planned = plan(lengths, costs, self.budget, ranks, self.ragged)
+        missing = -len(planned[0]) % max(self.alike, 1)
+        cheapest = costs.index(min(costs))
         return [
-            self._collated([[trees[index] for index in row] for row in rows])
-            if rows
-            else self._collated([[cheapest]]).idle()
-            for rows in planned
+            [
+                Planned(rows) if rows else Planned([[cheapest]], idle=True)
+                for rows in [*of_rank, *([[]] * missing)]
+            ]
+            for of_rank in planned
         ]
 
-    def _collated(self, rows: Sequence[Sequence[Tree]]) -> Batch:
-        return collate(rows, self.pad_token, self.multiple)
+    def made(self, planned: Sequence[Planned], trees: Callable[[int], Tree]) -> list[Batch]:
+        """The micro-batches of one rank's plan; ``trees`` gives each by its number."""
+        rows = [[[trees(number) for number in row] for row in one.rows] for one in planned]
+        least = max(map(_width, rows)) if self.alike else 0
+        batches = [collate(one, self.pad_token, self.multiple, least) for one in rows]
+        return [
+            batch.idle() if one.idle else batch for one, batch in zip(planned, batches, strict=True)
+        ]
+
+    def batches(self, examples: Sequence[Example], rank: int = 0, ranks: int = 1) -> list[Batch]:
+        """One rank's micro-batches of a step, where all its examples are at hand.
+
+        The order in which they come changes nothing, not even the last bit of a sum.
+        """
+        ordered = sorted(examples, key=lambda one: one.key)
+        trees = [self.tree(example) for example in ordered]
+        lengths = [len(tree.ids) for tree in trees]
+        planned = self.plan(lengths, [self.cost(tree) for tree in trees], ranks)
+        return self.made(planned[rank], trees.__getitem__)

@@ -1,16 +1,11 @@
-"""The torch backend: one device, fp32 weights, AdamW.
-
-A backend builds a model from a Hugging Face folder and offers `Backend`'s few methods; the
-trainer knows nothing else of it.
-"""
+"""The torch backend: one process, one device, fp32 weights, AdamW."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hpc.errors import UserError
 from insightv import models
 from insightv.training.attention import SPANS, additive, attention_mask
+from insightv.training.backend import Outcome
 from insightv.training.config import TrainConfig
 from insightv.training.objectives import Objective, Replies, Totals
 from insightv.training.packing import Batch, Packer
@@ -34,54 +30,10 @@ _POSTPROCESSED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of families that change logits after the head, so that the head alone is wrong."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one optimizer step came to.
-
-    Attributes:
-        loss: Of the global batch.
-        grad_norm: Global gradient norm before clipping.
-        applied: False if the loss or a gradient was not a number: no weight was changed.
-        metrics: The objective's own numbers; empty if not applied.
-    """
-
-    loss: float
-    grad_norm: float
-    applied: bool
-    metrics: dict[str, float | bool]
-
-
-class Backend(Protocol):
-    """What a trainer asks of the machinery that holds the model."""
-
-    processor: Any
-    packer: Packer
-    digest: str
-    """Of the model folder training began from."""
-
-    def step(self, batches: Sequence[Batch], objective: Objective, rate: float) -> Outcome:
-        """Takes one optimizer step over all micro-batches."""
-        ...
-
-    def loss(self, batch: Batch, objective: Objective) -> float:
-        """The loss of one micro-batch by itself; no weight changes."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Writes everything a later `resume` needs into an existing folder."""
-        ...
-
-    def resume(self, folder: Path) -> None:
-        """Goes back to exactly the state that `save` wrote."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format."""
-        ...
-
-
 class TorchBackend:
-    """One model on one device."""
+    """One model on one device; see `insightv.training.backend.Backend`."""
+
+    copies, copy = 1, 0
 
     def __init__(self, folder: Path, config: TrainConfig):
         """Loads the model and makes its optimizer.
@@ -118,9 +70,10 @@ class TorchBackend:
             fused=True,
         )
 
-    def step(self, batches: Sequence[Batch], objective: Objective, rate: float) -> Outcome:
+    def step(
+        self, batches: Sequence[Batch], totals: Totals, objective: Objective, rate: float
+    ) -> Outcome:
         """See `Backend`."""
-        totals = Totals.of(batches)
         self._optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
         parts: list[Replies] = []

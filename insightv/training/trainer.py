@@ -3,6 +3,9 @@
 In the stage's directory stand ``metrics.jsonl`` (one line a step), ``dropped.jsonl`` (samples
 that were not used, with the reason), ``checkpoints/`` while training, and ``training.json``
 once it is done. The model folder appears whole or not at all.
+
+Every rank runs this same loop; the first one writes what is written once, and whatever may go
+wrong on one of them only is agreed upon (`insightv.training.ranks`).
 """
 
 from __future__ import annotations
@@ -12,30 +15,27 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hpc.config import digest, shaping
-from hpc.disk import write_atomic
+from hpc.disk import disk_errors, write_atomic
 from hpc.errors import UserError
 from hpc.stages import Context, Counts, Row
 from insightv import models
 from insightv.pictures import Pictures
-from insightv.training.batches import (
-    Encoder,
-    Example,
-    Rows,
-    TooLong,
-    encode_all,
-    step_members,
-)
+from insightv.training.backend import Backend, Outcome, load_backend
+from insightv.training.batches import Encoder, Example, Rows, TooLong
 from insightv.training.checkpoint import Checkpoints, Position, writing
 from insightv.training.config import DPOConfig, SFTConfig, TrainConfig
-from insightv.training.objectives import Objective, Preference, Supervised, Totals
-from insightv.training.torch_backend import Backend, Outcome, TorchBackend
+from insightv.training.loading import Loader, Step
+from insightv.training.objectives import Objective, Preference, Supervised
+from insightv.training.ranks import Ranks, joined
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +59,19 @@ def train_sft(
         context: Of the run; its directory takes metrics and checkpoints.
 
     Returns:
-        Counts for the manifest; None if ``context.stopping()`` turned true: then a checkpoint
-        is written, and calling again goes on exactly from there.
+        Counts for the manifest, on every rank; None if ``context.stopping()`` turned true on
+        one of them: then a checkpoint is written, and calling again goes on exactly from there.
 
     Raises:
         UserError: The configuration, model or data cannot be used, or the loss stopped being
             a number more often than is tolerated.
     """
     config.validate()
-    backend = TorchBackend(model, config)
-    encoder = Encoder(backend.processor, pictures, config.max_length, config.picture_cache_mb)
-    return _Training(config, backend, encoder.sample, Supervised(), out, context).run(data)
+    with joined(config) as ranks:
+        backend = _loaded(model, config, ranks)
+        encoder = Encoder(backend.processor, pictures, config.max_length, config.picture_cache_mb)
+        training = _Training(config, backend, encoder.sample, Supervised(), out, context, ranks)
+        return training.run(data)
 
 
 def train_dpo(
@@ -79,7 +81,7 @@ def train_dpo(
     pictures: Pictures,
     out: Path,
     context: Context,
-    reference: str,
+    reference: Path | str,
 ) -> Counts | None:
     """Trains a model on `PreferencePair` rows that carry their reference log-probabilities.
 
@@ -90,7 +92,8 @@ def train_dpo(
         pictures: Where the rows' pictures are.
         out: Folder of the trained model; replaced as a whole at the end.
         context: Of the run; its directory takes metrics and checkpoints.
-        reference: Digest of the reference model; rows made with another are refused.
+        reference: The reference model's folder, or its digest; rows made with another are
+            refused.
 
     Returns:
         As `train_sft`.
@@ -99,29 +102,40 @@ def train_dpo(
         UserError: As `train_sft`; also if a pair has no reference values, or another model's.
     """
     config.validate()
-    backend = TorchBackend(model, config)
-    encoder = Encoder(backend.processor, pictures, config.max_length, config.picture_cache_mb)
+    with joined(config) as ranks:
+        backend = _loaded(model, config, ranks)
+        encoder = Encoder(backend.processor, pictures, config.max_length, config.picture_cache_mb)
+        tied = ranks.first(
+            lambda: models.digest_of(reference) if isinstance(reference, Path) else reference
+        )
 
-    def check(row: Row) -> None:
-        # A row without values is one the reference stage found too long: see `encode`.
-        known = row.get("reference_chosen") is not None
-        if known and row.get("reference_model") != reference:
-            raise UserError(
-                f"pair {row.get('key')} has reference log-probabilities of model "
-                f"{row.get('reference_model') or 'unknown'}, expected {reference}: remake them"
-            )
+        def check(row: Row) -> None:
+            # A row without values is one the reference stage found too long: see `encode`.
+            known = row.get("reference_chosen") is not None
+            if known and row.get("reference_model") != tied:
+                raise UserError(
+                    f"pair {row.get('key')} has reference log-probabilities of model "
+                    f"{row.get('reference_model') or 'unknown'}, expected {tied}: remake them"
+                )
 
-    def encode(row: Row) -> Example:
-        example = encoder.pair(row)
-        if len(example.reference) != 2:
-            raise UserError(
-                f"pair {example.key} has no reference log-probabilities: "
-                "run the reference stage over the pairs first"
-            )
-        return example
+        def encode(row: Row) -> Example:
+            example = encoder.pair(row)
+            if len(example.reference) != 2:
+                raise UserError(
+                    f"pair {example.key} has no reference log-probabilities: "
+                    "run the reference stage over the pairs first"
+                )
+            return example
 
-    training = _Training(config, backend, encode, Preference(config), out, context, reference)
-    return training.run(data, check)
+        objective = Preference(config)
+        training = _Training(config, backend, encode, objective, out, context, ranks, tied)
+        return training.run(data, check)
+
+
+def _loaded(model: Path, config: TrainConfig, ranks: Ranks) -> Backend:
+    backends: list[Backend] = []
+    ranks.every(lambda: backends.append(load_backend(model, config, ranks)))
+    return backends[0]
 
 
 class _Training:
@@ -135,18 +149,20 @@ class _Training:
         objective: Objective,
         out: Path,
         context: Context,
+        ranks: Ranks,
         reference: str = "",
     ):
         self.config, self.backend, self.objective = config, backend, objective
         self.encode, self.out, self.context, self.reference = encode, out, context, reference
-        self.checkpoints = Checkpoints(context.directory / "checkpoints", config.keep)
+        self.ranks = ranks
+        self.checkpoints = Checkpoints(context.directory / "checkpoints", config.keep, ranks)
         self.metrics = context.directory / "metrics.jsonl"
         self.finished = context.directory / "training.json"
 
     def run(
         self, data: Iterable[Row] | Path, check: Callable[[Row], None] = lambda row: None
     ) -> Counts | None:
-        rows = Rows(data, self.context.directory, check)
+        rows = Rows(data, self.context.directory, check, self.ranks)
         try:
             return self._run(rows)
         finally:
@@ -162,57 +178,58 @@ class _Training:
                 "reference": self.reference,
             }
         )
-        if (counts := self._done(identity)) is not None:
+        if (counts := self.ranks.first(lambda: self._done(identity))) is not None:
             return counts
         steps = math.ceil(len(rows) * config.epochs / config.batch_size)
         if config.max_steps:
             steps = min(steps, config.max_steps)
         position = self.checkpoints.resume(identity, self.backend.resume) or Position(identity)
-        _cut_metrics(self.metrics, position.step)
-        with ThreadPoolExecutor(1) as loader, self.metrics.open("a") as log:
-
-            def load(step: int) -> tuple[list[Example], dict[str, str]]:
-                members = step_members(
-                    config.seed, step, len(rows), config.batch_size, config.epochs
-                )
-                return encode_all((rows[number] for number in members), self.encode)
-
+        self.ranks.first(lambda: _cut_metrics(self.metrics, position.step))
+        load = Loader(
+            *(config, rows, self.encode, self.backend.packer),
+            *(self.ranks.aside(), self.backend.copies, self.backend.copy),
+        )
+        with ExitStack() as stack:
+            log = stack.enter_context(self.metrics.open("a")) if self.ranks.lead else None
+            loader = stack.enter_context(ThreadPoolExecutor(1))
             # The next step's samples are read and encoded while this one trains.
             ahead = loader.submit(load, position.step)
             saved = time.monotonic()
             while position.step < steps:
-                if self.context.stopping():
+                if self.ranks.any(self.context.stopping()):
                     self.checkpoints.save(position, self.backend.save)
                     return None
-                examples, dropped = ahead.result()
+                step = ahead.result()
                 if position.step + 1 < steps:
                     ahead = loader.submit(load, position.step + 1)
-                line = self._step(position, steps, examples, dropped)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                line = self._step(position, steps, step)
+                self.ranks.first(partial(self._tell, line, log))
                 numbers = {"rate": line["samples"] / max(line["seconds"], 1e-9)}
                 if line["loss"] is not None:
                     numbers["loss"] = line["loss"]
                 self.context.progress(position.step, steps, **numbers)
-                if position.step < steps and self._save_due(position.step, saved):
+                due = position.step < steps and self._save_due(position.step, saved)
+                if self.ranks.any(due):
                     self.checkpoints.save(position, self.backend.save)
                     saved = time.monotonic()
         return self._finish(position, len(rows))
 
-    def _step(
-        self, position: Position, steps: int, examples: list[Example], dropped: dict[str, str]
-    ) -> dict[str, Any]:
+    def _tell(self, line: dict[str, Any], log: IO[str] | None) -> None:
+        assert log is not None
+        with disk_errors(self.metrics):
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
+    def _step(self, position: Position, steps: int, step: Step) -> dict[str, Any]:
         """One optimizer step; moves ``position`` on and returns the line to log."""
         began = time.monotonic()
         rate = self.config.rate(position.step, steps)
         position.step += 1
-        position.dropped.update(dropped)
+        position.dropped.update(step.dropped)
         line: dict[str, Any] = {"step": position.step, "loss": None, "grad_norm": None, "lr": rate}
-        totals = Totals()
-        if examples:
-            batches = self.backend.packer.batches(examples)
-            totals = Totals.of(batches)
-            outcome = self.backend.step(batches, self.objective, rate)
+        totals = step.totals
+        if step.batches:
+            outcome = self.backend.step(step.batches, totals, self.objective, rate)
             if outcome.applied:
                 position.samples += totals.samples
                 line |= {"loss": outcome.loss, "grad_norm": outcome.grad_norm}
@@ -221,7 +238,7 @@ class _Training:
                     position.first_loss = outcome.loss
                 position.last_loss = outcome.loss
             else:
-                line["skipped"] = self._skip(position, outcome, examples)
+                line["skipped"] = self._skip(position, outcome, step)
         seconds = time.monotonic() - began
         position.tokens += totals.tokens
         position.seconds += seconds
@@ -231,31 +248,44 @@ class _Training:
             # What packing left empty, and what sharing prefixes saved.
             line["packing_efficiency"] = round(totals.tokens / totals.places, 4)
             line["shared_tokens"] = totals.unshared - totals.tokens
-        if dropped:
-            line["dropped"] = sorted(dropped)
+        if step.dropped:
+            line["dropped"] = sorted(step.dropped)
         return line
 
-    def _skip(self, position: Position, outcome: Outcome, examples: Sequence[Example]) -> list[str]:
+    def _skip(self, position: Position, outcome: Outcome, step: Step) -> list[str]:
         """Records a step whose loss is not a number; returns the keys of those to blame."""
         position.skipped += 1
-        guilty = [
-            example.key
-            for example in examples
-            if not math.isfinite(
-                self.backend.loss(self.backend.packer.batches([example])[0], self.objective)
-            )
-        ]
-        keys = guilty or [example.key for example in examples]
+        found = self.ranks.every(lambda: [self._guilty(step), [tree.key for tree in step.trees]])
+        guilty, everyone = (
+            {key for keys in some for key in keys} for some in zip(*found, strict=True)
+        )
+        keys = sorted(guilty or everyone)
         shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
         if position.skipped > self.config.max_skipped_steps:
             what = "loss" if not math.isfinite(outcome.loss) else "gradient"
-            raise UserError(
+            raise self._ended(
                 f"the {what} of step {position.step} is not a number, and "
                 f"{position.skipped - 1} steps were skipped before (max_skipped_steps); "
                 f"samples {shown}: mend or remove them, or lower the learning rate"
             )
-        logger.warning("step %d is skipped, its loss is not a number: %s", position.step, shown)
+        if self.ranks.lead:
+            logger.warning("step %d is skipped, its loss is not a number: %s", position.step, shown)
         return keys
+
+    def _guilty(self, step: Step) -> list[str]:
+        """This copy's samples whose loss alone is not a number."""
+        found = []
+        for tree in step.trees:
+            batch = self.backend.packer.alone(tree)
+            if not math.isfinite(self.backend.loss(batch, self.objective)):
+                found.append(tree.key)
+        for _ in range(step.most - len(step.trees)):  # copies ask equally often
+            self.backend.loss(step.batches[0].idle(), self.objective)
+        return found
+
+    def _ended(self, why: str) -> BaseException:
+        """What ends all ranks where all know of the trouble: the first one says it."""
+        return UserError(why) if self.ranks.lead else SystemExit(2)
 
     def _save_due(self, step: int, saved: float) -> bool:
         config = self.config
@@ -278,11 +308,17 @@ class _Training:
         """Puts the model in place, then says so, then clears up."""
         if position.last_loss is None:
             reasons = "; ".join(sorted(set(position.dropped.values()))[:3])
-            raise UserError(f"no step could be trained: {reasons or 'every step was skipped'}")
+            raise self._ended(f"no step could be trained: {reasons or 'every step was skipped'}")
         part = self.out.with_name(self.out.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
+        self.ranks.first(lambda: _emptied(part))
+        self.ranks.every(lambda: self._export(part))
+        return self.ranks.first(lambda: self._complete(position, rows, part))
+
+    def _export(self, part: Path) -> None:
         with writing(part):
             self.backend.export(part)
+
+    def _complete(self, position: Position, rows: int, part: Path) -> Counts:
         shutil.rmtree(self.out, ignore_errors=True)
         part.replace(self.out)
         with (self.context.directory / "dropped.jsonl").open("w") as file:
@@ -301,6 +337,12 @@ class _Training:
         write_atomic(self.finished, json.dumps({"identity": identity, "counts": counts}, indent=1))
         self.checkpoints.clear()
         return counts
+
+
+def _emptied(folder: Path) -> None:
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
 
 
 def _cut_metrics(path: Path, step: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,13 @@ def _construct(out: Path, layout: Any) -> None:
     out.write_text(json.dumps(runpy.run_path(str(script))["construct"](*layout)))
 
 
-def spawn(work: Any, folder: Path, *arguments: Any) -> None:
-    """Runs ``work(rank, folder, *arguments)`` on `WORLD` ranks; raises what a rank raised."""
+def spawn(work: Any, folder: Path, *arguments: Any, dies: bool = False) -> None:
+    """Runs ``work(rank, folder, *arguments)`` on `WORLD` ranks; raises what a rank raised.
+
+    ``dies`` says that rank 1 kills itself.
+    """
+    for left in [folder / "store", *folder.glob("error-*")]:
+        left.unlink(missing_ok=True)
     context = _processes()
     ranks = [
         context.Process(target=_rank, args=(work, rank, folder, arguments)) for rank in range(WORLD)
@@ -83,11 +90,14 @@ def spawn(work: Any, folder: Path, *arguments: Any) -> None:
             for rank in ranks:
                 rank.join(0.2)
             if any(rank.exitcode for rank in ranks):
-                break
+                break  # as torchrun and srun do
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
+    if dies:
+        assert ranks[1].exitcode == -signal.SIGKILL
+        return
     errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
     assert not errors, errors[0]
     assert [rank.exitcode for rank in ranks] == [0] * WORLD
@@ -247,6 +257,150 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
             numbers = {"losses": torch.stack(losses), "norms": torch.tensor(norms)}
             save_file(numbers, out / f"losses-{copy}.safetensors")
         parallel_state.destroy_model_parallel()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training by `insightv.training.trainer`.
+
+    Attributes:
+        name: Its folder; where one is there already, that training goes on.
+        layout: One of `LAYOUTS`.
+        config: Keys of the training.
+        pairs: Whether it is DPO.
+        stop_at: Asked to stop after so many steps of this run.
+        descent: Whether AdamW's step is replaced by plain gradient descent.
+        kill: ``before``, ``during`` or ``after`` the save behind step 3: rank 1 kills itself.
+    """
+
+    name: str
+    layout: str
+    config: dict[str, Any]
+    pairs: bool = False
+    stop_at: int = 0
+    descent: bool = False
+    kill: str = ""
+
+
+def trainings(rank: int, folder: Path, base: Path, runs: list[Run]) -> None:
+    """Trainings one after the other; rows, pictures and the reference's digest in ``folder``."""
+    import json
+
+    from training_case import Here
+
+    from insightv.pictures import Pictures
+    from insightv.training.config import DPOConfig, SFTConfig
+    from insightv.training.megatron.layout import Layout
+    from insightv.training.trainer import train_dpo, train_sft
+
+    made = json.loads((folder / "data.json").read_text())
+    pictures = Pictures([folder / "pictures"])
+    for run in runs:
+        place, layout = folder / run.name, Layout(**LAYOUTS[run.layout])
+        values = {"backend": "megatron", "megatron": layout, **run.config}
+        common = (pictures, place / "model", Here(place / "stage", run.stop_at))
+        if run.kill and rank == 1:
+            _die(run.kill)
+        torch.optim.AdamW.step = descend if run.descent else _ADAM  # type: ignore[method-assign]
+        if run.pairs:
+            train_dpo(DPOConfig(**values), base, made["pairs"], *common, made["reference"])
+        else:
+            train_sft(SFTConfig(**values), base, made["samples"], *common)
+
+
+def agreeing(rank: int, folder: Path, trouble: str) -> None:
+    """What `Ranks` promises: values in order, one rank's trouble ends all, threads apart."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from hpc.errors import UserError
+    from insightv.training.config import TrainConfig
+    from insightv.training.ranks import joined
+
+    with joined(TrainConfig(backend="megatron", device="cpu")) as ranks:
+        assert (ranks.rank, ranks.count, ranks.lead) == (rank, WORLD, rank == 0)
+        assert ranks.every(lambda: {"é" * rank: rank / 3}) == [
+            {"é" * other: other / 3} for other in range(WORLD)
+        ]
+        assert ranks.first(lambda: "x" * 100_000) == "x" * 100_000
+        assert ranks.any(rank == 2) and not ranks.any(False)
+        other = ranks.aside()
+        with ThreadPoolExecutor(1) as thread:
+            numbers = thread.submit(
+                lambda: [other.every(partial(int.__mul__, n, rank))[3] for n in range(50)]
+            )
+            here = [ranks.every(partial(int.__mul__, n, rank))[1] for n in range(50)]
+            assert here == list(range(50)) and numbers.result() == [3 * n for n in range(50)]
+
+        def work() -> int:
+            if rank == 2:
+                raise UserError("the disk of rank 2 is full") if trouble == "user" else KeyError(7)
+            if rank == 3 and trouble == "user":
+                raise UserError("so is that of rank 3")
+            return rank
+
+        try:
+            ranks.every(lambda: ranks.every(work))  # one within the other, too
+        except (Exception, SystemExit) as error:
+            (folder / f"said-{trouble}-{rank}").write_text(f"{type(error).__name__} {error}")
+
+
+def refused(rank: int, folder: Path, base: Path) -> None:
+    """A training on rows one of which is none; what each rank ends with."""
+    import json
+
+    from training_case import Here
+
+    from insightv.pictures import Pictures
+    from insightv.training.config import SFTConfig
+    from insightv.training.trainer import train_sft
+
+    rows = json.loads((folder / "data.json").read_text())["samples"]
+    rows[7]["messages"] = rows[7]["messages"][1:]
+    config = SFTConfig(backend="megatron", device="cpu", batch_size=4, precision="fp32")
+    place, pictures = folder / "refused", Pictures([folder / "pictures"])
+    try:
+        train_sft(config, base, rows, pictures, place / "model", Here(place / "stage"))
+    except (Exception, SystemExit) as error:
+        (folder / f"refused-{rank}").write_text(f"{type(error).__name__} {error}")
+
+
+_ADAM = torch.optim.AdamW.step
+
+
+@torch.no_grad()
+def descend(self: torch.optim.AdamW, closure: Any = None) -> None:
+    """A step of gradient descent, for both backends: what Adam's division hides, it shows."""
+    for group in self.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight -= group["lr"] * weight.grad
+
+
+def _die(when: str) -> None:
+    """Ends this process, as kill -9 does, around its second save."""
+    from insightv.training.checkpoint import Checkpoints
+    from insightv.training.megatron.weights import Writer
+
+    saves, write, close = 0, Checkpoints.save, Writer.close
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(self: Any, position: Any, *rest: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 2 and when == "before":
+            die()
+        write(self, position, *rest)
+        if saves == 2 and when == "after":
+            die()
+
+    def closed(self: Any) -> None:
+        if saves == 2 and when == "during":
+            die()
+        close(self)
+
+    Checkpoints.save, Writer.close = save, closed  # type: ignore[method-assign]
 
 
 CLIP = 1.0

@@ -12,7 +12,8 @@ from hpc.config import dump, load
 from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
 from insightv.chain import ENTRIES, assemble, build
-from insightv.config import ChainConfig, read
+from insightv.chainfile import read
+from insightv.config import ChainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "chain"
 
@@ -94,13 +95,17 @@ def leaves(config: object, prefix: str = ""):
             yield f"{prefix}{entry.name}", config, entry
 
 
-# Only one held-out split is in a chain; these are sizes of the other.
-SILENT = {f"questions.{name}.validation" for name in ("charts", "reading", "shapes")}
+# Read only where `questions.hard` names a set.
+SILENT = {
+    f"questions.direct.{name}"
+    for name in ("temperature", "top_p", "repetition_penalty", "max_tokens")
+}
 
 
 def test_every_hashed_number_changes_a_stage_and_no_other_does(tmp_path):
     """No key that does nothing; none that remakes what it does not shape."""
-    config = read(CONFIGS / "ablation.yaml")
+    # Early stop asks the validation split, beside the test split of the evaluation.
+    config = read(CONFIGS / "ablation.yaml", ["rounds.early_stop.enabled=true"])
     run = RunDir(tmp_path)
     before = identities(assemble(config, run))
     wrong = []
@@ -130,6 +135,20 @@ def test_entries_bring_what_they_need_and_no_more(tmp_path):
     made = {n for n in agents.stages if n.startswith("sft-")}
     assert made == {"sft-reasoning", "sft-summary"}
     assert not [n for n in agents.stages if n.startswith("r1-")]
+
+
+def test_trainings_of_a_distributed_backend_run_on_many_ranks(tmp_path):
+    assert not any(stage.distributed for stage in make(tmp_path).stages.values())
+    layout = [
+        "training.reasoning.megatron.tensor_parallel=2",
+        "training.reasoning.backend=megatron",
+    ]
+    chain = make(tmp_path, *layout, "rounds.dpo.backend=megatron")
+    made = {name for name, stage in chain.stages.items() if stage.distributed}
+    assert made == {"sft-reasoning", "r1-dpo", "r2-dpo", "dpo-train"}
+    assert changed(make(tmp_path, "rounds.dpo.backend=megatron"), chain) == {"sft-reasoning"}
+    other = make(tmp_path, *layout[1:], "rounds.dpo.backend=megatron")
+    assert not changed(other, chain), "a layout changes no result"
 
 
 def test_each_round_samples_from_the_model_of_the_round_before(tmp_path):

@@ -13,6 +13,8 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from insightv.training.attention import span_attention, spans_of
+
 
 class RMSNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467), computed in fp32 as Llama and Qwen2 do."""
@@ -62,7 +64,7 @@ class Rotary(nn.Module):
 
 
 class CoreAttention(MegatronModule):
-    """Softmax attention under any mask: SDPA, or FlexAttention for block masks."""
+    """Softmax attention under any mask: SDPA, whole or by segments, or FlexAttention."""
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float, **__: Any):
         """Takes what megatron-core gives its attention."""
@@ -81,6 +83,10 @@ class CoreAttention(MegatronModule):
         if isinstance(attention_mask, BlockMask):
             attend = _compiled_flex() if q.is_cuda else flex_attention
             out = attend(q, k, v, block_mask=attention_mask, scale=self.scale, enable_gqa=gqa)
+        elif attention_mask is not None and attention_mask.dtype == torch.int32:
+            spans = spans_of(attention_mask, len(q))
+            seen = span_attention(self, q, k, v, None, spans, scaling=self.scale)[0]
+            return seen.transpose(0, 1).flatten(2)
         else:
             out = functional.scaled_dot_product_attention(
                 q,

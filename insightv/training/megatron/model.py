@@ -14,6 +14,7 @@ Three parts of megatron-core's local layers are replaced. Rotary embeddings use 
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,8 @@ class Inputs:
         input_ids: [R, W] tokens; W is the same in all micro-batches of a step, and a multiple
             of the tensor parallel size where sequences are parallel.
         position_ids: [R, W], or [3, R, W] for M-RoPE.
-        mask: [R, 1, W, W] bool, true where a query sees a key; a `BlockMask`; or None for
+        mask: [R, 1, W, W] bool, true where a query sees a key; int32, segments as
+            `insightv.training.attention.span_table` lists them; a `BlockMask`; or None for
             plain causal attention.
         pictures: What the family's ``get_image_features`` takes, by name; empty if none.
         places: [T] indices into R × W at which logits are computed; None for all.
@@ -67,6 +69,11 @@ def initialise(layout: Layout, seed: int = 0) -> None:
         UserError: The ranks hold no whole number of copies of the model.
     """
     layout.data_parallel(torch.distributed.get_world_size())
+    # Hints for the writers of megatron-core, not for its users.
+    for hint in (".*is deprecated. Please use `torch.distributed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", hint)
+    if not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", ".*CUDA_DEVICE_MAX_CONNECTIONS")
     cpu.install()
     with cpu.calls():
         parallel_state.initialize_model_parallel(

@@ -116,6 +116,7 @@ class Adam:
             writer.add("step", torch.tensor(self._steps()))
         writer.close()
         distributed.barrier()
+        writer.check()
 
     @torch.no_grad()
     def resume(

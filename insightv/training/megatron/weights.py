@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
@@ -144,8 +144,9 @@ def export(
 ) -> None:
     """Writes a model as a Hugging Face folder; every rank must call it.
 
-    Names, configuration and processor are those of ``source``, the folder it was loaded from.
-    The first data parallel copy writes: each stage its own files, tensor after tensor.
+    It is whole when all ranks are back. Names, configuration and processor are those of
+    ``source``, the folder it was loaded from. The first data parallel copy writes: each stage
+    its own files, tensor after tensor.
 
     Args:
         pieces: This rank's part of the model.
@@ -156,17 +157,16 @@ def export(
     """
     target.mkdir(parents=True, exist_ok=True)
     naming = Naming.of(config, Folder(source).shapes)
+    writer = Writer(target, parallel_state.get_pipeline_model_parallel_rank())
     if parallel_state.get_data_parallel_rank() == 0:
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        writer = Writer(target, stage)
         for name, tensor in stage_tensors(pieces, shape_of(config), layout):
             writer.add(naming.place(name), tensor)
         writer.close()
     distributed.barrier()
+    writer.check()
     if distributed.get_rank() == 0:
         dtype = next(pieces[0].parameters()).dtype
         _finish(source, target, str(dtype).removeprefix("torch."))
-    distributed.barrier()
 
 
 def stage_tensors(
@@ -226,11 +226,15 @@ def _gathered(tensor: Tensor) -> list[Tensor]:
 
 
 class Writer:
-    """Writes a stage's tensors into files of bounded size."""
+    """Writes a stage's tensors into files of bounded size.
+
+    A disk that fails is remembered, for others are waiting for the next tensor: `check` raises.
+    """
 
     def __init__(self, target: Path, stage: int):
         """Files go into ``target`` and are named by the stage's number."""
         self._target, self._stage, self._files = target, stage, 0
+        self._trouble: Exception | None = None
         self._held: dict[str, Tensor] = {}
         self._bytes = 0
 
@@ -245,9 +249,18 @@ class Writer:
         """Writes what is held."""
         if self._held:
             file = self._target / f"stage-{self._stage:05d}-{self._files:05d}.safetensors"
-            save_file(self._held, file, metadata={"format": "pt"})
+            try:
+                if self._trouble is None:
+                    save_file(self._held, file, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                self._trouble = error
             self._files += 1
         self._held, self._bytes = {}, 0
+
+    def check(self) -> None:
+        """Raises what went wrong, if anything; called when nobody waits any more."""
+        if self._trouble is not None:
+            raise self._trouble
 
 
 def _finish(source: Path, target: Path, dtype: str) -> None:
