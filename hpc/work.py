@@ -67,6 +67,10 @@ def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
             if isinstance(error, OSError) and (problem := told(error, _place(error, chain))):
                 raise problem from error
             traceback.print_exc(file=sys.stderr)
+            # The last line of a log is what is shown of it.
+            notes = "; ".join(getattr(error, "__notes__", ()))
+            line = f"{type(error).__name__}: {error}" + (f" ({notes})" if notes else "")
+            print(" ".join(line.split()), file=sys.stderr)
             return 1
 
 

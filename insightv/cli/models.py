@@ -99,7 +99,9 @@ async def _ask(
     entry = EntryConfig(
         "ask", "multi_agent", str(reasoning), str(summary), asked.reasoning, asked.answer
     )
-    first, last = (load_engine(folder, config.engine, pictures) for folder in (reasoning, summary))
+    first, last = (
+        load_engine(folder, config.engine, pictures, share=0.5) for folder in (reasoning, summary)
+    )
     try:
         prompts = load_prompts(config.models.base.prompts)
         await ask_and_print(first, last, prompts, question, entry, seed=config.seed)

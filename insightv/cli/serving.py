@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,8 @@ def serve(
     with _listening(host, port) as listener:
         where = f"http://{host}:{listener.getsockname()[1]}/v1"
         console().print(f"{where}  models: {', '.join(offered)}  key: {key_path}", soft_wrap=True)
-        uvicorn.Server(settings).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # the usual end
+            uvicorn.Server(settings).run(sockets=[listener])
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -66,8 +66,9 @@ class EngineConfig:
     Attributes:
         kind: ``transformers``: a model of transformers in this process; ``server``: behind HTTP,
             as ``server`` says.
-        server: Which server. Of the other keys it is told ``device``, ``dtype``, ``context`` and
-            ``threads`` if it is started here; ``encoders`` and ``cache_mb`` hold on our side.
+        server: Which server. Of the other keys one that is started here is told ``dtype``,
+            ``context`` and ``threads``, and ``transformers serve`` the ``device``; ``encoders`` and
+            ``cache_mb`` hold on our side.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
         dtype: Of the weights: ``auto`` (bfloat16 on a GPU, else float32), ``float32``,
             ``bfloat16`` or ``float16``.

@@ -155,6 +155,38 @@ def test_greedy_texts_are_the_same_on_a_hundred_questions(tmp_path):
     assert same_greedy_texts(tmp_path, 68) == 612
 
 
+@pytest.mark.full
+def test_a_plain_transformers_serve_that_runs_already(tmp_path):
+    """Without what is mended in one of our own: no stop strings, no key, a space lost."""
+    questions, pictures = draw(tmp_path / "pictures", 4)
+    asked = [chat for question in questions[:2] for chat in chats(question)]
+    port = process.free_port()
+    start = "from transformers.cli.transformers import app; app()"
+    words = [sys.executable, "-c", start, "serve", str(TINY), "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(
+            [*words, "--host", "127.0.0.1", "--device", "cpu"], stdout=log, stderr=log
+        )
+    server = ServerConfig(
+        url=[f"http://127.0.0.1:{port}/v1"], model=str(TINY), dialect="transformers"
+    )
+    behind = EngineConfig(kind="server", server=server)
+
+    async def both(engine):
+        here = load_engine(TINY, EngineConfig(device="cpu", threads=1), pictures)
+        try:
+            return await complete(here, asked), await complete(engine, asked)
+        finally:
+            await here.close()
+
+    try:
+        here, there = run(both, behind, pictures)
+    finally:
+        running.kill()
+        running.wait()
+    assert [reply.text.strip() for reply in here] == [reply.text.strip() for reply in there]
+
+
 def test_draws_keys_and_what_others_see(tmp_path):
     questions, pictures = draw(tmp_path / "pictures", 4)
     shown = questions[0].pictures
@@ -294,6 +326,12 @@ def test_a_port_that_is_taken_is_left_to_its_owner(monkeypatch):
 
         monkeypatch.setattr(process, "_PROBE", 0.3)
         assert run(scenario, config(*SMALL)).text == "reply to 0"
+
+
+def test_ports_are_none_of_outgoing_connections():
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {process.free_port() for _ in range(20)}
+    assert len(ports) > 1 and all(1024 < port < low for port in ports)
 
 
 def test_the_listener_must_be_ours(monkeypatch):

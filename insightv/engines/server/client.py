@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import httpx2
@@ -13,6 +14,7 @@ MOST_BYTES = 16 * 2**20
 """Of an answer. The longest completions are some hundred kilobytes."""
 _CONNECT_SECONDS = 10.0
 _SHOWN = 200
+_POOL = 16
 
 
 class Unreachable(Exception):
@@ -64,20 +66,17 @@ class Reply:
 class Client:
     """Asks servers; many requests at once."""
 
-    def __init__(self, timeout: float):
+    def __init__(self, timeout: float, flying: int):
         """Nothing is connected yet.
 
         Args:
             timeout: Seconds for one answer, from its first byte sent to its last received.
+            flying: How many requests are under way at once.
         """
         self._timeout = timeout
-        self._http = httpx2.AsyncClient(
-            timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),
-            follow_redirects=False,
-            # Proxies are for the outside, and certificates of users' own have no place here.
-            trust_env=False,
-        )
+        # A pool looks through all its connections at each request: many small ones are faster.
+        pools = [_pool() for _ in range(-(-flying // _POOL))]
+        self._pools, self._turn = pools, cycle(pools)
 
     async def ask(
         self, url: str, key: str, body: bytes | None = None, timeout: float = 0.0
@@ -99,7 +98,7 @@ class Client:
         try:
             async with (
                 asyncio.timeout(seconds),
-                self._http.stream(method, url, content=body, headers=headers) as response,
+                next(self._turn).stream(method, url, content=body, headers=headers) as response,
             ):
                 parts, size = [], 0
                 # Raw: what unpacks itself has no bound.
@@ -121,7 +120,18 @@ class Client:
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self._http.aclose()
+        for pool in self._pools:
+            await pool.aclose()
+
+
+def _pool() -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(
+        timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=2 * _POOL),
+        follow_redirects=False,
+        # Proxies are for the outside, and certificates of users' own have no place here.
+        trust_env=False,
+    )
 
 
 def excerpt(text: str | bytes, most: int = _SHOWN) -> str:

@@ -120,7 +120,7 @@ class ServerEngine:
             ServerGone: They are gone for good.
         """
         if self._opening is None:
-            self._client = Client(self._server.timeout)
+            self._client = Client(self._server.timeout, self.concurrency)
             self._room = asyncio.Semaphore(self.concurrency)
             self._opening = asyncio.get_running_loop().create_task(self._open())
         await asyncio.shield(self._opening)

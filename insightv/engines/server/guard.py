@@ -73,7 +73,7 @@ def kill_children() -> None:
                 os.kill(child, signal.SIGKILL)
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(_TICK / 10)
+                time.sleep(_TICK / 2)
         except ChildProcessError:
             return
 

@@ -31,6 +31,7 @@ _GRACE = 4.0
 """Seconds between asking a server to end and killing it; a worker has ten for everything."""
 _PORTS = 5
 """Ports that are tried when others take them first."""
+_LOWEST, _DRAWS = 16_384, 100
 _TICK = 0.2
 _PROBE = 5.0
 _TELL = 30.0
@@ -281,7 +282,18 @@ async def answers(client: Client, address: str) -> bool:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens at now."""
+    """A port of the loopback interface that nobody listens at now.
+
+    A server may load for minutes before it listens, so the port is none of those that the
+    kernel gives to outgoing connections, which would take it meanwhile.
+    """
+    low = 0
+    with suppress(OSError, ValueError, IndexError):
+        low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(_DRAWS if low > _LOWEST else 0):
+        port = _LOWEST + secrets.randbelow(low - _LOWEST)
+        if _free(port):
+            return port
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

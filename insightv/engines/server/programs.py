@@ -81,6 +81,7 @@ def words(config: EngineConfig, place: Place) -> list[str]:
         image.passed.append(KEY)
         seen = [place.model.absolute(), _LAUNCHER.parent, place.folder]
         return contained(image.seeing(seen), place.folder, command, gpus=len(place.gpus))
+    command[0] = _absolute(command[0])  # the server starts in a folder of its own
     if shutil.which(command[0]) is None:
         raise UserError(
             f"engine.server: no program {command[0]} here; name the interpreter of the environment "
@@ -175,6 +176,10 @@ def _custom(config: EngineConfig, place: Place, key_file: Path) -> list[str]:
 def _write_secret(path: Path, text: str) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
+
+
+def _absolute(program: str) -> str:
+    return str(Path(program).expanduser().absolute()) if "/" in program else program
 
 
 def _listening(place: Place) -> list[str]:
