@@ -6,49 +6,55 @@ keys. What a run really used stands resolved in its ``chain.yaml``.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import insightv
-from hpc.config import load, unhashed
+from hpc.config import unhashed, unhashed_factory
 from hpc.errors import UserError
 from insightv.assessment.judge import JudgeConfig
 from insightv.assessment.scoring import ScoreConfig
 from insightv.curation import PairConfig, ReasoningSetConfig, SummarySetConfig
-from insightv.demo.sets import QuestionsConfig
+from insightv.demo.sets import QuestionsConfig, Sizes
 from insightv.engines import EngineConfig
 from insightv.evaluation.answering import CallConfig
 from insightv.evaluation.results import LADDER
+from insightv.evaluation.stopping import EarlyStopConfig
+from insightv.folders import EMBEDDED
 from insightv.generation import GenerationConfig
-from insightv.prompting import FOLDER, load_prompts
+from insightv.questions import Place, SetConfig, count_questions
+from insightv.questions.making import DUPLICATES
 from insightv.training.config import DPOConfig, ReferenceConfig, SFTConfig
 
 SETS = ("charts", "reading", "shapes")
 SPLITS = ("validation", "test")
-EMBEDDED = "tiny"
-"""Names the model that is shipped with the package."""
 NONE = "none"
 """Names no model."""
 
 MOST_ROUNDS = 100
 """Each round has six stages of its own; the paper has 3 rounds."""
 
-_BLOCK, _BLOCKS = 1 << 16, 64
-_TEXT = re.compile(r"(models\.\w+\.(?:path|prompts))=\s*\Z")
-
 
 @dataclass
 class QuestionsSection(QuestionsConfig):
-    """What is asked; see `QuestionsConfig` for the sizes.
+    """What is asked; see `QuestionsConfig` for the sizes of the sets that are drawn.
 
     Attributes:
+        sets: Files of sets that are read (``configs/data/chartqa.yaml``), relative to the chain
+            file or to where the command is given. They move into ``mappings`` when a run starts,
+            which then stands on its own.
+        mappings: Sets that are read, written out; see `SetConfig`.
+        take: Most questions of these sets, by split; a set that is not named gives all.
+        folder: Where the folders of sets lie.
+        network: Sets without files there may be read from the hub. Compute nodes mostly have
+            no way out; then fetch them before.
+        held_out: Files of further evaluation sets that training must not see.
+        held_out_mappings: The same, written out.
+        duplicates: Training questions that evaluation asks too (in any set that is read, or
+            held out). ``question``: those with the same text about the same picture go;
+            ``picture``: all about a picture of evaluation; ``keep``: none.
+        hard: Sets that are read of which only questions are reasoned about that the generator
+            answers wrong without reasoning. Paper: half of its reasoning data.
+        direct: Sampling of that answer: greedy, so that luck is left out of it.
         reasoned: Sets whose questions become reasoning paths.
         plain: Sets whose questions are replayed with their plain answers, so that perception
             is not forgotten.
@@ -56,6 +62,16 @@ class QuestionsSection(QuestionsConfig):
             worker keep all busy to the end.
     """
 
+    sets: list[str] = unhashed_factory(list)
+    mappings: list[SetConfig] = field(default_factory=list)
+    take: dict[str, Sizes] = field(default_factory=dict)
+    folder: str = unhashed("")
+    network: bool = unhashed(False)
+    held_out: list[str] = unhashed_factory(list)
+    held_out_mappings: list[SetConfig] = field(default_factory=list)
+    duplicates: str = "question"
+    hard: list[str] = field(default_factory=list)
+    direct: CallConfig = field(default_factory=lambda: CallConfig(temperature=0.0, top_p=1.0))
     reasoned: list[str] = field(default_factory=lambda: ["charts"])
     plain: list[str] = field(default_factory=lambda: ["reading", "shapes"])
     per_shard: int = 64
@@ -67,11 +83,53 @@ class QuestionsSection(QuestionsConfig):
             UserError: A set does not exist, or a size is not possible.
         """
         super().validate()
-        for name in (*self.reasoned, *self.plain):
-            if name not in SETS:
-                raise UserError(f"questions: no set {name!r}; use {', '.join(SETS)}")
+        for mapping in (*self.mappings, *self.held_out_mappings):
+            mapping.validate("questions")
+        read = [mapping.name for mapping in self.mappings]
+        if twice := {name for name in read if read.count(name) > 1}:
+            raise UserError(f"questions.sets: two sets are named {min(twice)}; rename one")
+        for key, names, known in (
+            ("reasoned", self.reasoned, [*SETS, *read]),
+            ("plain", self.plain, [*SETS, *read]),
+            ("take", self.take, read),
+            ("hard", self.hard, [*SETS, *read]),
+        ):
+            for name in names:
+                if name not in known:
+                    told = f"use {', '.join(known)}" if known else "give questions.sets"
+                    raise UserError(f"questions.{key}: no set {name!r}; {told}")
+        for name, sizes in self.take.items():
+            if min(vars(sizes).values()) < 0:
+                raise UserError(f"questions.take.{name}: give 0 or more")
+        if self.duplicates not in DUPLICATES:
+            raise UserError(
+                f"questions.duplicates is {self.duplicates!r}: use {', '.join(DUPLICATES)}"
+            )
+        self.direct.validate("questions.direct")
         if self.per_shard < 1:
             raise UserError(f"questions.per_shard is {self.per_shard}; give 1 or more")
+
+    @property
+    def place(self) -> Place:
+        """Where sets that are read are found."""
+        return Place(Path(self.folder), self.network)
+
+    def asked(self, split: str) -> dict[str, int]:
+        """How many questions of each set a split has, about: before any are dropped."""
+        asked = {name: int(getattr(getattr(self, name), split)) for name in SETS}
+        for mapping in self.mappings:
+            most = self.most(mapping, split)
+            if most is None:
+                most = count_questions(mapping, split, self.place)
+            asked[mapping.name] = most
+        return asked
+
+    def most(self, mapping: SetConfig, split: str) -> int | None:
+        """The most questions of a set that is read; None for all of them."""
+        if split not in mapping.splits:
+            return 0
+        sizes = self.take.get(mapping.name)
+        return None if sizes is None else int(getattr(sizes, split))
 
 
 @dataclass
@@ -85,11 +143,14 @@ class ModelConfig:
             the embedded one, or a folder of one's own. Empty: ``tiny`` for the embedded model
             and what was trained from it, ``default`` otherwise.
         digest: Filled in when a run starts; a stage is known by it, wherever the folder lies.
+        engine: How this model is run, where it differs from ``engine``: behind a server that
+            runs already, say. Nothing is taken over from there.
     """
 
     path: str = unhashed("")
     prompts: str = ""
     digest: str = ""
+    engine: EngineConfig | None = unhashed(None)
 
 
 @dataclass
@@ -110,6 +171,16 @@ class ModelsConfig:
     generator: ModelConfig = field(default_factory=ModelConfig)
     judge: ModelConfig = field(default_factory=ModelConfig)
     scorer: ModelConfig = field(default_factory=ModelConfig)
+
+    def validate(self) -> None:
+        """Checks how they are run.
+
+        Raises:
+            UserError: One of them cannot be.
+        """
+        for role, model in vars(self).items():
+            if model.engine is not None:
+                model.engine.validate(f"models.{role}.engine")
 
 
 @dataclass
@@ -154,6 +225,7 @@ class RoundsConfig:
             the SFT model of its own. 0: it reuses the paths of round 1, with caps on pairs
             widened by the number of rounds, until it has as many pairs as all rounds together;
             this costs no generation, but its pairs share questions and winners more often.
+        early_stop: When to leave the rest of the rounds out.
     """
 
     count: int = 3
@@ -164,6 +236,7 @@ class RoundsConfig:
     reference: str = "previous"
     log_probabilities: ReferenceConfig = field(default_factory=ReferenceConfig)
     single_paths: int = 0
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
 
     def validate(self) -> None:
         """Checks the values.
@@ -270,172 +343,3 @@ class ChainConfig:
     error_limit: float = unhashed(0.02)
     engine: EngineConfig = field(default_factory=EngineConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
-
-
-def read(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
-    """Reads and checks a chain file, and resolves what depends on this machine.
-
-    Raises:
-        UserError: An unknown key, an impossible value, a folder that is no model.
-    """
-    config = checked(path, overrides)
-    resolve(config)
-    return config
-
-
-def checked(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
-    """Reads a chain file and checks its values; models and prompts are not looked at.
-
-    Raises:
-        UserError: An unknown key, or an impossible value.
-    """
-    # An empty value is none in YAML; for what names a model, empty means something.
-    config = load(ChainConfig, path, [_TEXT.sub(r"\1=''", o) for o in overrides])
-    for key, value in leaves(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} is {value}: give a finite number")
-    _validate(config)
-    if not 0 <= config.error_limit <= 1:
-        raise UserError(f"error_limit is {config.error_limit}: give a share from 0 to 1")
-    return config
-
-
-def resolve(config: ChainConfig) -> None:
-    """Resolves what depends on this machine: folders, prompts, and what models hold.
-
-    Raises:
-        UserError: A folder that is no model, or a set of prompts that is none.
-    """
-    base = config.models.base
-    if base.path in ("", NONE):
-        raise UserError("models.base.path: give a model folder, or tiny")
-    for role in ("base", "generator", "judge", "scorer"):
-        _resolve(role, getattr(config.models, role), base)
-
-
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a configuration with its key; also those in free dictionaries."""
-    inner = dataclasses.is_dataclass(config)
-    for name, value in (vars(config) if inner else config).items():
-        if dataclasses.is_dataclass(value) or (isinstance(value, dict) and value):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def model_folder(path: str) -> Path:
-    """The folder of a configured model."""
-    return Path(insightv.__file__).parent / "demo" / "model" if path == EMBEDDED else Path(path)
-
-
-def folders(config: ChainConfig) -> list[Path]:
-    """The folders of this machine that a resolved configuration names: models and prompts."""
-    models = config.models
-    named = [
-        name
-        for model in (models.base, models.generator, models.judge, models.scorer)
-        for name in (model.path, model.prompts)
-    ]
-    return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
-
-
-def _validate(config: ChainConfig) -> None:
-    """Lets every section check itself; those of several places are told where they stand."""
-    for section in vars(config).values():
-        if hasattr(section, "validate"):
-            section.validate()
-    for owner in ("training", "rounds"):
-        for name, section in vars(getattr(config, owner)).items():
-            if hasattr(section, "validate"):
-                section.validate(f"{owner}.{name}")
-
-
-def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:
-    """Makes a model's paths absolute and notes what the folder holds."""
-    if model.path == NONE:
-        if role != "judge":
-            raise UserError(f"models.{role}.path: only the judge can be none")
-        return
-    if not model.path:
-        model.path, model.prompts = base.path, model.prompts or base.prompts
-    if not model.prompts:
-        model.prompts = EMBEDDED if model.path == EMBEDDED else "default"
-    if model.path != EMBEDDED:
-        model.path = str(Path(model.path).expanduser().absolute())
-    load_prompts(model.prompts)
-    if Path(model.prompts).is_dir() and not (FOLDER / model.prompts).is_dir():
-        model.prompts = str(Path(model.prompts).absolute())
-    try:
-        model.digest = _fingerprint(model_folder(model.path))
-    except UserError as error:
-        raise UserError(f"models.{role}.path: {error}") from None
-
-
-def _fingerprint(folder: Path) -> str:
-    """Tells models apart without reading gigabytes: sizes and samples of their weights.
-
-    Raises:
-        UserError: The folder is no model in Hugging Face format.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; give a model in Hugging Face format, or tiny")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
-        raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
-    _check_config(folder / "config.json")
-    _check_weights(folder, weights)
-    summed = hashlib.sha256()
-    for path in [folder / "config.json", *weights]:
-        size = path.stat().st_size
-        summed.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(place)
-                summed.update(file.read(_BLOCK))
-    return summed.hexdigest()[:16]
-
-
-def _check_config(path: Path) -> None:
-    """Refuses what is no model's configuration.
-
-    Raises:
-        UserError: It is damaged, or does not say what kind of model it is of.
-    """
-    try:
-        kind = json.loads(path.read_text())["model_type"]
-    except (ValueError, TypeError, KeyError):
-        kind = None
-    if not isinstance(kind, str):
-        raise UserError(f"{path} is damaged, or names no model_type; fetch it again")
-
-
-def _check_weights(folder: Path, weights: Sequence[Path]) -> None:
-    """Finds cut and missing weights by the files' own heads, before any work has begun.
-
-    A safetensors file begins with the length of its head (8 bytes, little-endian) and the head,
-    JSON, in which each tensor has the offsets of its bytes behind the head.
-
-    Raises:
-        UserError: A file is cut off or is none, or one that the folder's index names is missing.
-    """
-    for path in weights:
-        size = path.stat().st_size
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                head = json.loads(file.read(length if length < size else 0))
-            ends = [entry["data_offsets"][1] for name, entry in head.items() if name[:2] != "__"]
-            wanted = 8 + length + max(ends, default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise UserError(f"{path} is no safetensors file, or cut off; fetch it again") from None
-        if size != wanted:
-            raise UserError(f"{path} has {size:,} of {wanted:,} bytes; fetch it again")
-    index = folder / "model.safetensors.index.json"
-    try:
-        listed = set(json.loads(index.read_text())["weight_map"].values())
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{index} is no index of weights; fetch it again") from None
-    if missing := sorted(listed - {path.name for path in weights}):
-        raise UserError(f"{folder} lacks {missing[0]}, which its index names; fetch it again")
