@@ -42,23 +42,17 @@ WIDE = GRADIENT | {"tokens_per_micro_batch": 1000, "recompute": True}
 """One row of all samples, wide enough for attention segment by segment."""
 LAYOUTS = ("tp2", "pp2", "tp2-pp2", "pp2-virtual", "tp2-sp", "pp2-uneven")
 ADAM = PLAIN | {
-    "epochs": 20,
-    "schedule": "constant",  # a shorter training has the same steps
-    "warmup": 0.0,
+    "epochs": 8,
     "weight_decay": 0.1,
     "tokens_per_micro_batch": 300,
     "save_steps": 3,
 }
 SGD = PLAIN | {"epochs": 12, "max_length": 100, "learning_rate": 0.1, "warmup": 0.0}
 RUNS = [
-    *(
-        Run(f"{kind}-{layout}", layout, GRADIENT, kind == "dpo", stop_at=1)
-        for kind in ("sft", "dpo")
-        for layout in LAYOUTS
-    ),
+    *(Run(f"dpo-{layout}", layout, GRADIENT, pairs=True, stop_at=1) for layout in LAYOUTS),
+    *(Run(f"sft-{layout}", layout, GRADIENT, stop_at=1) for layout in ("tp2-pp2", "pp2-virtual")),
     Run("dpo-tp2-pp2-sp", "tp2-pp2-sp", WIDE, pairs=True, stop_at=1),
     Run("adam", "tp2-pp2", ADAM, pairs=True),
-    Run("sgd", "pp2-virtual", SGD, descent=True),
     Run("stopped", "tp2-pp2", ADAM, pairs=True, stop_at=5),
 ]
 AGAIN = [
@@ -66,6 +60,15 @@ AGAIN = [
     Run("other", "tp1", ADAM | {"recompute": True, "save_steps": 4}, pairs=True),
 ]
 """After the runs: what goes on from the one that was stopped."""
+LONG = [
+    Run("adam-20", "tp2-pp2", ADAM | {"epochs": 20}, pairs=True),
+    Run("sgd", "pp2-virtual", SGD, descent=True),
+    *(
+        Run(f"sft-{layout}", layout, GRADIENT, stop_at=1)
+        for layout in LAYOUTS
+        if f"sft-{layout}" not in {run.name for run in RUNS}
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,14 @@ def made(work):
     one(work, "sft", GRADIENT, stop_at=1)
     one(work, "dpo", GRADIENT, stop_at=1)
     one(work, "dpo", ADAM, name="torch-adam")
+    return work
+
+
+@pytest.fixture(scope="module")
+def long(made):
+    work = made
+    megatron_ranks.spawn(megatron_ranks.trainings, work, work / "base", LONG)
+    one(work, "dpo", ADAM | {"epochs": 20}, name="torch-adam-20")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", megatron_ranks.descend)
         one(work, "sft", SGD, name="torch-sgd")
@@ -136,9 +147,19 @@ def gradients(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [*((kind, layout) for kind in ("sft", "dpo") for layout in LAYOUTS), ("dpo", "tp2-pp2-sp")],
+    [tuple(run.name.split("-", 1)) for run in RUNS if run.name[:4] in ("sft-", "dpo-")],
 )
 def test_gradients_of_the_first_step_are_those_of_torch(made, kind, layout):
+    same_gradients(made, kind, layout)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_sft_on_every_layout(long, layout):
+    same_gradients(long, "sft", layout)
+
+
+def same_gradients(made: Path, kind: str, layout: str) -> None:
     theirs, ours = gradients(made / f"torch-{kind}"), gradients(made / f"{kind}-{layout}")
     assert ours.keys() == theirs.keys()
     assert any(value.abs().max() > 1e-3 for name, value in theirs.items() if "vision." in name)
@@ -151,7 +172,9 @@ def test_gradients_of_the_first_step_are_those_of_torch(made, kind, layout):
         assert here[name] == pytest.approx(there[name], abs=1e-5), name
 
 
-def test_sgd_follows_torch(made):
+@pytest.mark.full
+def test_sgd_follows_torch(long):
+    made = long
     ours, theirs = lines(made, "sgd"), lines(made, "torch-sgd")
     assert len(ours) == len(theirs) == 20
     for here, there in zip(ours, theirs, strict=True):
@@ -165,14 +188,23 @@ def test_sgd_follows_torch(made):
     weights(made, "torch-sgd", "sgd", 1e-4)
 
 
+@pytest.mark.full
+def test_adam_follows_torch_for_20_steps(long):
+    adam_follows(long, "adam-20", 20)
+
+
 def test_adam_follows_torch(made):
-    ours, theirs = lines(made, "adam"), lines(made, "torch-adam")
-    assert len(ours) == len(theirs) == 20
+    adam_follows(made, "adam", 8)
+
+
+def adam_follows(made: Path, name: str, steps: int) -> None:
+    ours, theirs = lines(made, name), lines(made, f"torch-{name}")
+    assert len(ours) == len(theirs) == steps
     for here, there in zip(ours, theirs, strict=True):
-        for name in ("loss", "grad_norm", "margin", "logp_chosen", "kl"):
-            assert here[name] == pytest.approx(there[name], abs=1e-3), name
+        for key in ("loss", "grad_norm", "margin", "logp_chosen", "kl"):
+            assert here[key] == pytest.approx(there[key], abs=1e-3), key
     assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.1
-    weights(made, "torch-adam", "adam", 1e-3)
+    weights(made, f"torch-{name}", name, 1e-3)
 
 
 def weights(work: Path, name: str, other: str, within: float) -> None:
@@ -203,8 +235,7 @@ def test_another_layout_goes_on(made):
     weights(made, "adam", "other", 1e-4)
 
 
-def test_one_copy_prepares_its_own_pictures_only(made):
-    """The packer's plan is that of one process: nothing a rank did changed what a step has."""
+def test_a_step_has_the_same_samples_on_any_ranks(made):
     keys = ("step", "samples", "tokens", "target_tokens", "shared_tokens", "lr")
     ours = [[line[key] for key in keys] for line in lines(made, "other")]
     assert ours == [[line[key] for key in keys] for line in lines(made, "torch-adam")]
@@ -220,14 +251,14 @@ def test_one_copy_prepares_its_own_pictures_only(made):
 )
 def test_killed_around_a_save_it_goes_on_bitwise(made, when):
     name = f"killed-{when}"
-    short = ADAM | {"epochs": 8}
-    killed = Run(name, "tp2-pp2", short, pairs=True, kill=when)
+    killed = Run(name, "tp2-pp2", ADAM, pairs=True, kill=when)
     megatron_ranks.spawn(megatron_ranks.trainings, made, made / "base", [killed], dies=True)
     assert (made / name / "stage" / "checkpoints").is_dir()
     assert not (made / name / "model").exists()
-    going = Run(name, "tp2-pp2", short, pairs=True)
+    going = Run(name, "tp2-pp2", ADAM, pairs=True)
     megatron_ranks.spawn(megatron_ranks.trainings, made, made / "base", [going])
-    assert told(made, name) == told(made, "adam")[:8]
+    assert told(made, name) == told(made, "adam")
+    weights(made, "adam", name, 0.0)
 
 
 def test_a_bad_row_ends_all_with_one_line(made):
