@@ -191,9 +191,10 @@ class DeepSpeedBackend:
         self._ranks.every(lambda: self._read(saved))
         self._spread()
         if saved.ranks == self.copies:
-            torch.set_rng_state(saved.random(self.copy, "cpu"))
-            if self._device.startswith("cuda"):
-                torch.cuda.set_rng_state(saved.random(self.copy, "cuda"))
+            state = saved.random(self.copy)
+            torch.set_rng_state(state["random.cpu"])
+            if self._device.startswith("cuda") and "random.cuda" in state:
+                torch.cuda.set_rng_state(state["random.cuda"])
 
     def _read(self, saved: Saved) -> None:
         for name, _, part in self._parts():
@@ -334,10 +335,10 @@ class Saved:
                 piece = file.get_slice(f"{kind}.{name}")[a - first : b - first]
                 into[a - start : b - start] = piece.to(into.device)
 
-    def random(self, rank: int, kind: str) -> Tensor:
-        """A rank's random state."""
-        state: Tensor = self._files[rank].get_tensor(f"random.{kind}")
-        return state
+    def random(self, rank: int) -> dict[str, Tensor]:
+        """A rank's random states, by name."""
+        file = self._files[rank]
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith("random.")}  # noqa: SIM118
 
 
 class PicturePacker(Packer):
@@ -420,6 +421,8 @@ def _imported(device: str) -> Any:
     # Nothing is compiled on the nodes: the extension it would build speeds up inference only.
     deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It keeps the groups of an earlier training, which are gone with it.
+    deepspeed.utils.groups._release_process_group_references(None)
     return deepspeed
 
 
