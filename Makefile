@@ -8,7 +8,7 @@ RUN ?= runs/quickstart
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 GROUND = pyproject.toml constraints.txt
 # Two at a time: what waits for the test cluster beside what computes.
-PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # DeepSpeed, where it is installed, must not look for a CUDA compiler.
 export DS_BUILD_OPS = 0

@@ -10,14 +10,17 @@ _TOGETHER = ("cluster", "containers")
 """Folders whose tests share something there is one of: a Slurm, an image."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Tests of a file stay in one process, as their fixtures are made once a file."""
-    tests = Path(__file__).parent
-    for item in items:
-        where = item.path.relative_to(tests)
-        group = where.parts[0] if where.parts[0] in _TOGETHER else str(where)
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = Path(nodeid.split("::")[0])
+            return next((part for part in path.parts if part in _TOGETHER), str(path))
+
+    return Together(config, log)
 
 
 def _ci() -> bool:

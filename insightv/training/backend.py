@@ -6,6 +6,7 @@ model get the same micro-batches; another copy gets others.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -103,7 +104,10 @@ def load_backend(folder: Path, config: TrainConfig, ranks: Ranks) -> Backend:
     if config.backend == "megatron":
         if find_spec("megatron") is None:
             raise UserError("backend=megatron needs megatron-core: pip install -e '.[megatron]'")
-        from insightv.training.megatron.backend import MegatronBackend
+        with warnings.catch_warnings():
+            # It misses Transformer Engine and apex in nine places; neither is needed.
+            warnings.simplefilter("ignore")
+            from insightv.training.megatron.backend import MegatronBackend
 
         return MegatronBackend(folder, config, ranks)
     if config.backend == "deepspeed":

@@ -100,13 +100,16 @@ class Checkpoints:
 
     def _digests(self, folder: Path) -> dict[str, str]:
         """SHA-256 of each file, which each rank syncs and reads its share of."""
+        # A network file system may yet hide from one node what another has written.
+        seen = self.ranks.every(lambda: [path.name for path in folder.iterdir()])
+        names = sorted({name for some in seen for name in some})
 
         def own() -> dict[str, str]:
             found = {}
-            for path in sorted(folder.iterdir())[self.ranks.rank :: self.ranks.count]:
-                with writing(path), path.open("rb") as file:
+            for name in names[self.ranks.rank :: self.ranks.count]:
+                with writing(folder), (folder / name).open("rb") as file:
                     os.fsync(file.fileno())
-                    found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                    found[name] = hashlib.file_digest(file, "sha256").hexdigest()
             return found
 
         return {name: digest for part in self.ranks.every(own) for name, digest in part.items()}

@@ -26,6 +26,9 @@ from insightv.training.config import TrainConfig
 
 T = TypeVar("T")
 
+WRITING = timedelta(hours=1)
+"""How long ranks wait for each other in a backend; the longest is for what one of them writes."""
+
 PATIENCE = timedelta(days=7)
 """How long ranks wait in `Ranks.every`, while the first writes a model or computes reference
 values. One that dies is noticed at once, by its connection."""
@@ -127,15 +130,17 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
 
     Raises:
         UserError: The others cannot be reached, the device is not there, or the backend
-            trains in one process.
+            cannot use so many.
     """
     if distributed.is_initialized():
         yield _joined()
         return
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 and config.backend == "torch":
-        yield Ranks()
-        return
+    if count == 1:
+        _check(config, count)
+        if config.backend == "torch":
+            yield Ranks()
+            return
     cuda = pick_device(config.device).startswith("cuda")
     if cuda:
         # Slurm may show each task its own GPU only.
@@ -143,7 +148,9 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     alone: dict[str, Any] = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
     try:
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", **(alone if count == 1 else {})
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=WRITING,
+            **(alone if count == 1 else {}),
         )
     except (ValueError, RuntimeError) as error:
         place = os.environ.get("MASTER_ADDR", "(no MASTER_ADDR)")
@@ -153,8 +160,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
             "start them with torchrun, or as tasks of one Slurm job"
         ) from None
     ranks = _joined()
-    if config.backend == "torch":
-        ranks.first(lambda: _refuse(count))
+    ranks.first(lambda: _check(config, count))
     yield ranks
     distributed.destroy_process_group()
 
@@ -165,8 +171,12 @@ def _joined() -> Ranks:
     return Ranks(distributed.new_group(backend="gloo", timeout=PATIENCE))
 
 
-def _refuse(count: int) -> None:
-    raise UserError(
-        f"backend=torch trains in one process, and {count} were started: give "
-        "backend=megatron or backend=deepspeed, or start one"
-    )
+def _check(config: TrainConfig, count: int) -> None:
+    """Refuses a number of processes that the backend cannot divide its work among."""
+    if config.backend == "torch" and count > 1:
+        raise UserError(
+            f"backend=torch trains in one process, and {count} were started: give "
+            "backend=megatron or backend=deepspeed, or start one"
+        )
+    if config.backend == "megatron":
+        config.megatron.data_parallel(count)

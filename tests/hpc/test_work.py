@@ -551,6 +551,30 @@ def test_job(tmp_path):
     assert work(chain, "second") == 77
 
 
+def test_ranks_of_a_job(tmp_path, monkeypatch):
+    """The first is heard; one that leaves because another was asked is queued again."""
+    found: list = [{"kept": 3}]
+
+    def run(context):
+        context.progress(1, 2)
+        assert context.lead == bool(list((context.directory / "progress").iterdir()))
+        context.hush()
+        return found[0]
+
+    stage = Stage("only", "job", run=run, distributed=True)
+    chain = Chain([stage], RunDir(tmp_path), ["x"])
+    counts = chain.run.counts("only")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert work(chain, "only") == 0
+        assert counts.exists() == (rank == "0")
+    found[0] = None
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert work(chain, "only") == 75
+    assert not counts.exists()
+
+
 def test_a_job_that_meets_a_full_disk(tmp_path):
     def run(context):
         Path("/dev/full").write_text("rows")

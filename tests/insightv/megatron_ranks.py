@@ -344,6 +344,26 @@ def agreeing(rank: int, folder: Path, trouble: str) -> None:
             (folder / f"said-{trouble}-{rank}").write_text(f"{type(error).__name__} {error}")
 
 
+def refused(rank: int, folder: Path, base: Path) -> None:
+    """A training on rows one of which is none; what each rank ends with."""
+    import json
+
+    from training_case import Here
+
+    from insightv.pictures import Pictures
+    from insightv.training.config import SFTConfig
+    from insightv.training.trainer import train_sft
+
+    rows = json.loads((folder / "data.json").read_text())["samples"]
+    rows[7]["messages"] = rows[7]["messages"][1:]
+    config = SFTConfig(backend="megatron", device="cpu", batch_size=4, precision="fp32")
+    place, pictures = folder / "refused", Pictures([folder / "pictures"])
+    try:
+        train_sft(config, base, rows, pictures, place / "model", Here(place / "stage"))
+    except (Exception, SystemExit) as error:
+        (folder / f"refused-{rank}").write_text(f"{type(error).__name__} {error}")
+
+
 _ADAM = torch.optim.AdamW.step
 
 

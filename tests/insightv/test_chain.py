@@ -132,6 +132,20 @@ def test_entries_bring_what_they_need_and_no_more(tmp_path):
     assert not [n for n in agents.stages if n.startswith("r1-")]
 
 
+def test_trainings_of_a_distributed_backend_run_on_many_ranks(tmp_path):
+    assert not any(stage.distributed for stage in make(tmp_path).stages.values())
+    layout = [
+        "training.reasoning.megatron.tensor_parallel=2",
+        "training.reasoning.backend=megatron",
+    ]
+    chain = make(tmp_path, *layout, "rounds.dpo.backend=megatron")
+    made = {name for name, stage in chain.stages.items() if stage.distributed}
+    assert made == {"sft-reasoning", "r1-dpo", "r2-dpo", "dpo-train"}
+    assert changed(make(tmp_path, "rounds.dpo.backend=megatron"), chain) == {"sft-reasoning"}
+    other = make(tmp_path, *layout[1:], "rounds.dpo.backend=megatron")
+    assert not changed(other, chain), "a layout changes no result"
+
+
 def test_each_round_samples_from_the_model_of_the_round_before(tmp_path):
     chain = make(tmp_path, "rounds.count=3")
     makers = [chain.stages[f"r{number}-generate"].after for number in (1, 2, 3)]

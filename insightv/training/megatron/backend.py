@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor, distributed
+from torch import Tensor
 
 from hpc.errors import UserError
 from insightv import models
@@ -22,7 +23,6 @@ from insightv.training.attention import attention_mask, span_table
 from insightv.training.backend import Outcome, whole_batch
 from insightv.training.config import TrainConfig
 from insightv.training.megatron.families import shape_of
-from insightv.training.megatron.layout import Layout
 from insightv.training.megatron.model import Inputs, build, initialise, logprobs
 from insightv.training.megatron.optimizer import Adam
 from insightv.training.megatron.schedule import forward_backward, replicate
@@ -47,7 +47,11 @@ class MegatronBackend:
             UserError: The folder, the layout or the number of ranks cannot be used.
         """
         self._folder, self._layout, self._ranks = folder, config.megatron, ranks
-        _check(config, ranks.count)
+        if config.device == "cpu" and _cuda():
+            raise UserError(
+                "device=cpu: the megatron backend computes on GPUs where there are some; hide "
+                "them with CUDA_VISIBLE_DEVICES="
+            )
         self.digest = ranks.first(lambda: models.digest_of(folder))
         self.processor = models.load_processor(folder)
         outline = models.outline(folder)
@@ -115,7 +119,7 @@ class MegatronBackend:
         self, batches: Sequence[Batch], totals: Totals, objective: Objective, backward: bool = True
     ) -> tuple[list[Tensor], list[Replies]]:
         """Micro-batches through the stages; on the last one their shares of the loss."""
-        batches = [batch.to(self._device) for batch in batches]
+        batches = [self._placed(batch) for batch in batches]
 
         def share(logits: Tensor, number: int) -> tuple[Tensor, tuple[Tensor, Replies | None]]:
             batch = batches[number]
@@ -126,16 +130,18 @@ class MegatronBackend:
         found = forward_backward(self._copies, inputs, share, backward)
         return [value for value, _ in found], [part for _, part in found if part is not None]
 
+    def _placed(self, batch: Batch) -> Batch:
+        """On this rank's device; pictures go to the first stage only."""
+        if not self._first:
+            tokens = {name: value for name, value in batch.inputs.items() if name in _TOKENS}
+            batch = replace(batch, inputs=tokens)
+        return batch.to(self._device)
+
     def _inputs(self, batch: Batch) -> Inputs:
         mask: Any = attention_mask(batch, "dense") if batch.width <= SHORT else span_table(batch)
-        held = {name: value for name, value in batch.inputs.items() if name not in _TOKENS}
-        return Inputs(
-            batch.inputs["input_ids"],
-            batch.inputs["position_ids"],
-            mask,
-            held if self._first else {},
-            batch.places,
-        )
+        pictures = {name: value for name, value in batch.inputs.items() if name not in _TOKENS}
+        tokens, positions = batch.inputs["input_ids"], batch.inputs["position_ids"]
+        return Inputs(tokens, positions, mask, pictures, batch.places)
 
     def save(self, folder: Path) -> None:
         """See `Backend`; what it writes, any layout resumes."""
@@ -165,22 +171,3 @@ def _draws_nothing(vision: Any) -> None:
 
 def _cuda() -> bool:
     return torch.cuda.is_available()
-
-
-def _check(config: TrainConfig, ranks: int) -> None:
-    """Refuses what can be told before anything is loaded."""
-    layout: Layout = config.megatron
-    if ranks == 1 and layout.model_ranks > 1:
-        raise UserError(
-            f"megatron.tensor_parallel x pipeline_parallel is {layout.model_ranks}, and this is "
-            f"one process: start it as `torchrun --nproc-per-node {layout.model_ranks} -m "
-            "insightv train …`, or in a chain on a cluster whose profile gives trainings so many "
-            "nodes x tasks"
-        )
-    layout.data_parallel(ranks)
-    if config.device == "cpu" and _cuda():
-        raise UserError(
-            "device=cpu: the megatron backend computes on GPUs where there are some; hide them "
-            "with CUDA_VISIBLE_DEVICES="
-        )
-    assert distributed.is_initialized()

@@ -54,6 +54,13 @@ class Layout:
         Raises:
             UserError: The ranks cannot be divided into whole copies.
         """
+        if ranks == 1 < self.model_ranks:
+            raise UserError(
+                f"megatron.tensor_parallel x pipeline_parallel is {self.model_ranks}, and this is "
+                f"one process: start it as `torchrun --nproc-per-node {self.model_ranks} -m "
+                "insightv train …`, or in a chain on a cluster whose profile gives trainings so "
+                "many nodes x tasks"
+            )
         if ranks % self.model_ranks:
             raise UserError(
                 f"{ranks} ranks hold no whole number of copies of the model: megatron."

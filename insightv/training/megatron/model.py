@@ -14,6 +14,7 @@ Three parts of megatron-core's local layers are replaced. Rotary embeddings use 
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +69,11 @@ def initialise(layout: Layout, seed: int = 0) -> None:
         UserError: The ranks hold no whole number of copies of the model.
     """
     layout.data_parallel(torch.distributed.get_world_size())
+    # Hints for the writers of megatron-core, not for its users.
+    for hint in (".*is deprecated. Please use `torch.distributed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", hint)
+    if not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", ".*CUDA_DEVICE_MAX_CONNECTIONS")
     cpu.install()
     with cpu.calls():
         parallel_state.initialize_model_parallel(
