@@ -6,30 +6,33 @@ the number of jobs that may stand in the queue, and what ``sbatch --test-only`` 
 
 from __future__ import annotations
 
-import getpass
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from hpc import site, slurm
 from hpc.cluster import Profile, Resources
 from hpc.errors import UserError
+from hpc.facts import Facts
 from hpc.planning import Planned
 from hpc.slurm import SlurmError
 
 _JOB_COUNT = "10000"  # Slurm's own default of MaxJobCount
 
 
-def admit(planned: Sequence[Planned], profile: Profile, test: bool = True) -> str:
+def admit(
+    planned: Sequence[Planned], profile: Profile, test: bool = True, facts: Facts | None = None
+) -> str:
     """Refuses a chain that cannot fit.
 
     Args:
         planned: The jobs to be queued.
         profile: The cluster.
         test: Ask ``sbatch --test-only`` too.
+        facts: What the cluster was asked before.
 
     Returns:
         What was asked, in words.
@@ -39,11 +42,8 @@ def admit(planned: Sequence[Planned], profile: Profile, test: bool = True) -> st
     """
     if not slurm.available():
         return "no Slurm here: the chain was not held against a cluster"
-    patience = profile.submit.patience
-    config = slurm.config(patience)
-    partitions = site.read_partitions(patience)
-    wrong = [*_kinds(planned, profile, config, partitions)]
-    wrong += _too_many(planned, profile, config, partitions)
+    facts = facts or Facts(profile.submit.patience)
+    wrong = [*_kinds(planned, profile, facts), *_too_many(planned, profile, facts)]
     if wrong:
         more = f" (and {len(wrong) - 1} more: insightv cluster check)" if len(wrong) > 1 else ""
         raise UserError(f"the chain cannot fit, nothing was queued: {wrong[0]}{more}")
@@ -55,12 +55,7 @@ def admit(planned: Sequence[Planned], profile: Profile, test: bool = True) -> st
     return f"{said}; sbatch --test-only takes all {len(tried)} kinds of script"
 
 
-def _kinds(
-    planned: Sequence[Planned],
-    profile: Profile,
-    config: Mapping[str, str],
-    partitions: Mapping[str, site.Partition],
-) -> Iterator[str]:
+def _kinds(planned: Sequence[Planned], profile: Profile, facts: Facts) -> Iterator[str]:
     """What is wrong with the kinds of job that the chain has."""
     named = {id(resources): name for name, resources in profile.named().items()}
     # No more workers than there are: a small chain may fit where the profile would not.
@@ -69,46 +64,39 @@ def _kinds(
         name = named.get(id(item.resources), item.job.stage)
         known = asked.get(name, replace(item.resources, workers=1))
         asked[name] = replace(known, workers=max(known.workers, item.job.count))
-    for finding in site.hold(profile, asked, partitions, config):
+    for finding in site.hold(profile, asked, facts):
         if finding.level == "wrong":
             yield f"{finding.about}: {finding.said}"
 
 
-def _too_many(
-    planned: Sequence[Planned],
-    profile: Profile,
-    config: Mapping[str, str],
-    partitions: Mapping[str, site.Partition],
-) -> Iterator[str]:
+def _too_many(planned: Sequence[Planned], profile: Profile, facts: Facts) -> Iterator[str]:
     """Which limits on jobs in the queue the chain as a whole exceeds; elements count."""
     total = sum(item.job.count for item in planned)
-    largest = int(config.get("MaxJobCount", _JOB_COUNT).split()[0])
+    largest = int(facts.config.get("MaxJobCount", _JOB_COUNT).split()[0])
     if total > largest:
         yield f"{total} jobs, elements counted; MaxJobCount is {largest}; {_FEWER}"
-    user = getpass.getuser()
-    form = "account,partition,user,qos,defaultqos,maxsubmitjobs,grpsubmitjobs"
-    try:
-        owned = site.table("sacctmgr", "show", "assoc", f"user={user}", f"format={form}")
-        form = "name,maxsubmitjobspu,maxsubmitjobspa,grpsubmitjobs"
-        rules = site.table("sacctmgr", "show", "qos", f"format={form}")
-    except (SlurmError, UserError):
+    owned, rules = facts.associations, facts.rules
+    if owned is None or rules is None:
         return  # no accounting, no such limits
-    queued = _queued_already()
+    queued = sum(job.count for job in facts.queue)
     by_account, by_qos = Counter[str](), Counter[str]()
     default = owned[0] if owned else None
     for item in planned:
-        account = profile.word(item.resources, "account") or (default[0] if default else "")
-        mine = next((line for line in owned if line[0] == account), None)
-        qos = profile.word(item.resources, "qos") or (mine[4] if mine else "")
+        account = profile.word(item.resources, "account")
+        account = account or (default["account"] if default else "")
+        mine = next((line for line in owned if line["account"] == account), None)
+        qos = profile.word(item.resources, "qos") or (mine["defaultqos"] if mine else "")
         by_account[account] += item.job.count
-        by_qos[qos or (mine[3] if mine and "," not in mine[3] else "")] += item.job.count
+        by_qos[qos or (mine["qos"] if mine and "," not in mine["qos"] else "")] += item.job.count
         partition = profile.word(item.resources, "partition").split(",")[0]
-        if partition in partitions:
-            by_qos[partitions[partition].fields.get("QoS", "N/A")] += item.job.count
+        if partition in facts.partitions:
+            by_qos[facts.partitions[partition].fields.get("QoS", "N/A")] += item.job.count
     for line in owned:
-        yield from _over(by_account[line[0]], queued, f"account {line[0]}", line[5:7])
+        limits = [line["maxsubmitjobs"], line["grpsubmitjobs"]]
+        yield from _over(by_account[line["account"]], queued, f"account {line['account']}", limits)
     for line in rules:
-        yield from _over(by_qos[line[0]], queued, f"QOS {line[0]}", line[1:])
+        limits = [line["maxsubmitjobspu"], line["maxsubmitjobspa"], line["grpsubmitjobs"]]
+        yield from _over(by_qos[line["name"]], queued, f"QOS {line['name']}", limits)
 
 
 _FEWER = "lower `workers` in the profile, or let other jobs end first"
@@ -119,14 +107,6 @@ def _over(count: int, queued: int, whose: str, limits: Sequence[str]) -> Iterato
     if count and known and count + queued > min(known):
         there = f" beside {queued} that you have queued" if queued else ""
         yield f"{count} jobs, elements counted{there}; {whose} allows {min(known)}; {_FEWER}"
-
-
-def _queued_already() -> int:
-    """This user's jobs in the queue, each element of an array counted."""
-    try:
-        return len(slurm.call("squeue", "--me", "--noheader", "--array", "--format=%i").split())
-    except SlurmError:
-        return 0
 
 
 def _distinct(planned: Sequence[Planned]) -> Iterator[Planned]:
@@ -147,11 +127,13 @@ def _try(planned: Sequence[Planned], profile: Profile) -> None:
     Raises:
         UserError: It refuses one, or stays away.
     """
-    give_up = time.monotonic() + profile.submit.patience
+    give_up, earliest = time.monotonic() + profile.submit.patience, 0.0
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "job.sh"
         for item in planned:
             script.write_text(item.text)
+            time.sleep(max(0.0, earliest - time.monotonic()))
+            earliest = time.monotonic() + 1.0 / profile.submit.per_second
             told = False
             while True:
                 try:
@@ -169,4 +151,3 @@ def _try(planned: Sequence[Planned], profile: Profile) -> None:
                     f"{item.name}: Slurm refuses it (sbatch --test-only: {said}); "
                     "nothing was queued"
                 )
-            time.sleep(1.0 / profile.submit.per_second)

@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from hpc.decisions import skipped_by
 from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
-from hpc.gates import REQUEUE, STOP
+from hpc.gates import DONE, REQUEUE, STOP
 from hpc.leases import Owner, gone
 from hpc.rundir import CANCELLED, Chain
 from hpc.stages import Stage
@@ -34,19 +35,20 @@ _STATUS = {
 
 
 class Signals:
-    """What this process was asked by signals, and by the run's CANCELLED marker.
+    """What this process was asked by signals, the run's CANCELLED marker, and a decision.
 
+    A decision that lets the stage pass ends its work, as if it were complete (0).
     USR1 and USR2 announce the time limit: the payload saves and asks to be queued again
     (75). TERM and INT mean save and leave (143, 130) and overrule them, for whoever queues
     a cancelled job again undoes the cancelling. Further signals change nothing.
     """
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, stage: Stage) -> None:
         """Nothing was asked so far."""
-        self._run = chain.run
+        self._chain, self._stage = chain, stage
         self._signal: signal.Signals | None = None
         self._looked = -_LOOK_SECONDS
-        self._cancelled = False
+        self._found: int | None = None
 
     @contextmanager
     def caught(self) -> Iterator[Signals]:
@@ -64,12 +66,18 @@ class Signals:
     def status(self) -> int | None:
         """The exit status of a payload that leaves because it was asked to; None if it was not."""
         now = time.monotonic()
-        if not self._cancelled and now - self._looked >= _LOOK_SECONDS:
+        if self._found != STOP and now - self._looked >= _LOOK_SECONDS:
             self._looked = now
-            self._cancelled = self._run.marked(CANCELLED) is not None
-        if self._cancelled:
-            return STOP
+            self._found = self._look()
+        if self._found is not None:
+            return self._found
         return None if self._signal is None else _STATUS[self._signal]
+
+    def _look(self) -> int | None:
+        if self._chain.run.marked(CANCELLED) is not None:
+            return STOP
+        passed = self._stage.unless and skipped_by(self._chain, self._stage.name)
+        return DONE if passed else None
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         caught = signal.Signals(number)

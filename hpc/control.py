@@ -16,7 +16,8 @@ from typing import Any
 from hpc import gates
 from hpc.accounting import spent, totals
 from hpc.cluster import Profile, read_profile
-from hpc.disk import make_folder
+from hpc.decisions import skipped_by
+from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.inside import shadowed
 from hpc.logs import last_line
@@ -65,13 +66,15 @@ def gate(chain: Chain, name: str, attempt: int, first: int) -> int:
         first: The first attempt since the chain was last submitted.
 
     Returns:
-        0: complete, and the stages behind it are prepared. 76: another attempt, whose scripts
-        are written. 77: the chain stops; why stands in the run directory.
+        0: complete, and the stages behind it are prepared; those that it lets pass as a decision
+        stand in a file, for bash to take their jobs out of the queue. 76: another attempt, whose
+        scripts are written. 77: the chain stops; why stands in the run directory.
     """
     run = chain.run
     if run.marked(CANCELLED) is not None or run.marked(STOPPED) is not None:
         return gates.STOP
-    for parent in chain.stages[name].parents:
+    skipped = skipped_by(chain, name)
+    for parent in chain.stages[name].parents if skipped is None else ():
         if not gates.fresh(chain, parent):
             return _stop(chain, f"stage {name}: {parent} before it is not complete")
     profile = read_profile(run.path / "cluster.yaml")
@@ -83,10 +86,19 @@ def gate(chain: Chain, name: str, attempt: int, first: int) -> int:
             return code
     if reason := _overspent(chain, profile):
         return _stop(chain, reason)
+    passed = []
     for other, stage in chain.stages.items():
-        if name in stage.parents and all(gates.fresh(chain, p) for p in stage.parents):
+        if skipped_by(chain, other) is not None:
+            # Its own gate may be at work by now: nothing of it is touched.
+            if name in stage.unless and not gates.fresh(chain, other):
+                passed.append(other)
+        elif name in stage.parents and all(gates.fresh(chain, p) for p in stage.parents):
             gates.prepare(chain, other)
-    print(f"stage {name}: complete", flush=True)
+    if passed:
+        folder = make_folder(run.path / "slurm")
+        write_atomic(folder / f"passed-{name}", "\n".join(passed) + "\n")
+    said = f"skipped by {skipped['by']}: {skipped['reason']}" if skipped else "complete"
+    print(f"stage {name}: {said}", flush=True)
     if all(gates.standing(chain).values()):
         (run.path / "slurm" / "finished").touch()
     return gates.DONE

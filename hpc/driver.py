@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from hpc import gates
+from hpc.decisions import rests_on, skipped_by
 from hpc.errors import UserError
 from hpc.executors.base import Executor, Job, State
 from hpc.executors.local import cores
@@ -164,8 +165,10 @@ class _Driver:
 
     def run(self) -> None:
         """Until every stage is complete."""
+        gates.withdraw(self.chain)
         for name, stage in self.chain.stages.items():
-            if all(p in self.done for p in stage.parents) and gates.fresh(self.chain, name):
+            before = rests_on(self.chain, name)
+            if self.done.issuperset(before) and gates.fresh(self.chain, name):
                 self.done.add(name)
                 self.observer.kept(stage)
         if len(self.done) < len(self.chain.stages):
@@ -227,7 +230,9 @@ class _Driver:
                 self._submit(running)
 
     def _nothing_left(self, stage: Stage) -> bool:
-        """Whether a killed driver left only the gate to do."""
+        """Whether a killed driver left only the gate to do, or a decision lets the stage pass."""
+        if skipped_by(self.chain, stage.name):
+            return True
         if stage.kind == "map":
             return not gates.missing(self.chain, stage.name)
         return self.chain.run.counts(stage.name).exists()

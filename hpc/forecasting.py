@@ -143,12 +143,14 @@ def measure(chain: Chain, units: Mapping[str, float], timed: bool = True) -> dic
         chain: The run.
         units: Each stage's work.
         timed: With times, which only hold for the machines they were measured on.
+
+    A stage that a decision let pass tells nothing and is left out.
     """
     entries = chain.run.read_jobs() if timed else []
     return {
         name: _measured(chain, stage, units[name], entries, timed)
         for name, stage in chain.stages.items()
-        if gates.fresh(chain, name)
+        if gates.fresh(chain, name) and not (chain.run.read_manifest(name) or {}).get("skipped")
     }
 
 

@@ -100,6 +100,15 @@ def encode_row(row: dict[str, Any]) -> bytes:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
 
 
+def add_up(sums: dict[str, int], entry: Entry) -> None:
+    """Adds the whole numbers under some fields of an entry's rows to their sums."""
+    for row in entry.rows if sums else ():
+        held = json.loads(row)
+        for name in sums:
+            if isinstance(value := held.get(name), int):
+                sums[name] += value
+
+
 def encode_frame(entries: Sequence[Entry]) -> bytes:
     """A data frame and its done-mark."""
     text = b"".join(row + b"\n" for entry in entries for row in entry.rows)

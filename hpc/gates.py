@@ -2,6 +2,9 @@
 
 A stage is *fresh* while its manifest speaks of the present configuration, of its parents as
 they are now, and everything it made is still there. Whatever is not fresh is made again.
+
+A stage that a decision lets pass (`Stage.unless`) is fresh with a manifest that says so, as long
+as that decision stands.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc.config import digest, shaping
+from hpc.decisions import decision, manifest_of, rests_on, skipped_by
 from hpc.disk import make_folder
 from hpc.errors import UserError
 from hpc.provenance import image
-from hpc.rundir import STOPPED, Chain, RunDir, read_json, write_json
+from hpc.rundir import STOPPED, Chain, read_json, write_json
 from hpc.shards import (
     Sidecar,
     list_folder,
@@ -35,9 +39,6 @@ RETRY = 76
 STOP = 77
 SPARE = 78
 
-# What is read of a manifest without looking whether it is there.
-_KEYS = {"hash", "made", "parents", "config", "shards", "inputs", "rows", "errors", "seconds"}
-
 # Network file systems remember for some seconds that a name was absent.
 _SECOND_LOOK = 1.0
 _TRIES = 10
@@ -49,33 +50,41 @@ def fresh(chain: Chain, name: str) -> bool:
     Raises:
         UserError: Its manifest is none.
     """
-    manifest = _manifest(chain.run, name)
+    manifest = manifest_of(chain.run, name)
+    if manifest is None or manifest["hash"] != chain.identity(name):
+        return False
+    if skipped := manifest.get("skipped"):
+        by = skipped["by"]
+        found = decision(chain, by) if by in chain.stages[name].unless else None
+        return found is not None and found["made"] == skipped["made"]
     return (
-        manifest is not None
-        and manifest["hash"] == chain.identity(name)
-        and manifest["parents"] == chain.made(name)
+        manifest["parents"] == chain.made(name)
         and not _absent(chain, name, range(manifest["shards"]))
         and not _absent_outputs(chain, chain.stages[name])
     )
 
 
-def _manifest(run: RunDir, name: str) -> dict[str, Any] | None:
-    """A stage's manifest with all that is read of it, or None while it is not complete."""
-    manifest = run.read_manifest(name)
-    if manifest is not None and (lacking := _KEYS - manifest.keys()):
-        raise UserError(
-            f"{run.manifest(name)}: no manifest, lacks {', '.join(sorted(lacking))}; delete it, "
-            "and its stage is completed again"
-        )
-    return manifest
-
-
 def standing(chain: Chain) -> dict[str, bool]:
     """Every stage's freshness; a stage behind one that is not fresh is not fresh either."""
     found: dict[str, bool] = {}
-    for name, stage in chain.stages.items():
-        found[name] = all(found[parent] for parent in stage.parents) and fresh(chain, name)
+    for name in chain.stages:
+        found[name] = all(found[other] for other in rests_on(chain, name)) and fresh(chain, name)
     return found
+
+
+def withdraw(chain: Chain) -> None:
+    """Takes back decisions that are outdated, before anything rests on them."""
+    deciding = {other for stage in chain.stages.values() for other in stage.unless}
+    for name, complete in standing(chain).items() if deciding else ():
+        if name in deciding and not complete:
+            chain.run.manifest(name).unlink(missing_ok=True)
+
+
+def pass_over(chain: Chain) -> None:
+    """Commits every stage that a decision lets pass; nobody may be at work on any of them."""
+    for name in chain.stages:
+        if skipped_by(chain, name) is not None and not fresh(chain, name):
+            check(chain, name)
 
 
 def refuse_changes(chain: Chain) -> None:
@@ -86,8 +95,8 @@ def refuse_changes(chain: Chain) -> None:
     """
     run = chain.run
     for name, stage in chain.stages.items():
-        kept = _manifest(run, name) or read_json(run.started(name))
-        if kept is None or kept["hash"] == chain.identity(name):
+        kept = manifest_of(run, name) or read_json(run.started(name))
+        if kept is None or kept["hash"] == chain.identity(name) or kept.get("skipped"):
             continue
         if not run.manifest(name).exists() and not list_folder(run.shards(name)).complete:
             continue  # nothing was finished under the other configuration
@@ -187,11 +196,14 @@ def check(chain: Chain, name: str) -> int:
     """The gate at the end of a stage: commits its manifest if all is there.
 
     Returns:
-        0: complete; the manifest is written.
+        0: complete, or let pass by a decision; the manifest is written.
         76: something is missing; its shards' indices stand in ``missing.json``.
         77: hopeless (too many errors); the reason stands in the run directory.
     """
     stage, run = chain.stages[name], chain.run
+    if skipped := skipped_by(chain, name):
+        _pass(chain, stage, skipped)
+        return DONE
     expected = _expected(chain, stage)
     absent = _absent(chain, name, expected)
     lost = _absent_outputs(chain, stage)
@@ -236,19 +248,10 @@ def describe_missing(chain: Chain, name: str) -> str:
 def _commit(
     chain: Chain, stage: Stage, found: Mapping[int, Sidecar], counts: Mapping[str, Any]
 ) -> None:
-    run, name = chain.run, stage.name
-    begun = read_json(run.started(name)) or {}
-    now = time.time()
     write_json(
-        run.manifest(name),
-        {
-            "stage": name,
-            "kind": stage.kind,
-            "hash": chain.identity(name),
-            # A new id each time: whatever was made from the former one is stale.
-            "made": uuid.uuid4().hex,
-            "parents": chain.made(name),
-            "config": shaping(stage.config),
+        chain.run.manifest(stage.name),
+        _head(chain, stage)
+        | {
             "shards": len(found),
             "inputs": sum(sidecar.inputs for sidecar in found.values()),
             "rows": sum(sidecar.rows for sidecar in found.values()),
@@ -256,13 +259,52 @@ def _commit(
             "bytes": sum(sidecar.bytes for sidecar in found.values()),
             "digest": digest({str(index): found[index].sha256 for index in sorted(found)}),
             "counts": dict(counts),
+            "sums": _sums(stage, found, counts),
             "outputs": list(stage.outputs),
-            "image": (chain.image or image() or {}).get("sha256"),
-            "started": begun.get("started", now),
-            "finished": now,
-            "seconds": round(begun.get("spent", 0.0) + now - begun.get("since", now), 3),
         },
     )
+
+
+def _sums(stage: Stage, found: Mapping[int, Sidecar], counts: Mapping[str, Any]) -> dict[str, int]:
+    if stage.kind == "job":
+        return {name: int(counts[name]) for name in stage.counted if name in counts}
+    return add_sums(found.values())
+
+
+def add_sums(found: Iterable[Sidecar]) -> dict[str, int]:
+    """What sidecars have summed up, all together."""
+    total: Counter[str] = Counter()
+    for sidecar in found:
+        total.update(sidecar.sums)
+    return dict(total)
+
+
+def _pass(chain: Chain, stage: Stage, skipped: Mapping[str, str]) -> None:
+    """Commits a stage that is not needed; what it had begun counts for nothing."""
+    run = chain.run
+    run.missing(stage.name).unlink(missing_ok=True)
+    run.remove_outputs(stage.outputs)
+    nothing = dict.fromkeys(("shards", "inputs", "rows", "errors", "bytes"), 0)
+    rest = {"digest": digest({}), "counts": {}, "outputs": [], "skipped": dict(skipped)}
+    write_json(run.manifest(stage.name), _head(chain, stage) | nothing | rest)
+
+
+def _head(chain: Chain, stage: Stage) -> dict[str, Any]:
+    """What a manifest says of the making, whatever came of it."""
+    begun, now = read_json(chain.run.started(stage.name)) or {}, time.time()
+    return {
+        "stage": stage.name,
+        "kind": stage.kind,
+        "hash": chain.identity(stage.name),
+        # A new id each time: whatever was made from the former one is stale.
+        "made": uuid.uuid4().hex,
+        "parents": chain.made(stage.name),
+        "config": shaping(stage.config),
+        "image": (chain.image or image() or {}).get("sha256"),
+        "started": begun.get("started", now),
+        "finished": now,
+        "seconds": round(begun.get("spent", 0.0) + now - begun.get("since", now), 3),
+    }
 
 
 def _expected(chain: Chain, stage: Stage) -> range:

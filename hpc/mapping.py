@@ -255,11 +255,14 @@ class Worker:
             return None
         if shard_path(self._out, index).exists():
             source = read_sidecar(shard_path(self._source, index))
-            if adopt(self._out, index, source, lease.generation) is not None:
+            counted = self._stage.counted
+            if adopt(self._out, index, source, lease.generation, counted) is not None:
                 return None
         parts = (part_path(self._out, index, older) for older in range(lease.generation)[::-1])
         resume = next((part for part in parts if part.exists()), None)
-        writer = ShardWriter(self._out, index, lease.generation, resume, self._pace.limits)
+        writer = ShardWriter(
+            self._out, index, lease.generation, resume, self._pace.limits, self._stage.counted
+        )
         inputs = join_shard(self._folders, index, skip=frozenset(writer.done))
         return _Claim(index, lease, writer, inputs)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.disk import disk_errors, write_all
-from hpc.frames import Entry, encode_frame
+from hpc.frames import Entry, add_up, encode_frame
 from hpc.sidecars import Sidecar, keys_digest
 
 
@@ -36,15 +36,18 @@ class Part:
     Args:
         path: Its name; must not exist.
         limits: When a frame is closed.
+        counted: Fields of its rows to sum up.
 
     Attributes:
         keys: Its keys, in the order they came.
         rows: How many rows it holds.
         errors: How many of its keys failed.
         even: Whether its frames were closed by keys and bytes alone, as any writer would.
+        sums: What the counted fields come to.
     """
 
-    def __init__(self, path: Path, limits: Limits) -> None:
+    def __init__(self, path: Path, limits: Limits, counted: Sequence[str] = ()) -> None:
+        self.sums = dict.fromkeys(counted, 0)
         self.path, self.keys, self.rows, self.errors = path, list[str](), 0, 0
         self.even = True
         """Whether its frames were closed by keys and bytes alone, as any writer would."""
@@ -119,12 +122,14 @@ class Part:
             sha256=self._hasher.hexdigest(),
             keys=keys_digest(self.keys),
             generation=generation,
+            sums=self.sums,
         )
 
     def _count(self, entry: Entry) -> None:
         self.keys.append(entry.key)
         self.rows += len(entry.rows)
         self.errors += bool(entry.error)
+        add_up(self.sums, entry)
 
     def _close_frame(self) -> None:
         self._write(encode_frame(self._pending))

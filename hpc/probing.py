@@ -18,7 +18,8 @@ from hpc import container, slurm
 from hpc.cluster import Profile
 from hpc.disk import make_folder
 from hpc.errors import UserError
-from hpc.site import Finding, Kind, kinds, read_partitions
+from hpc.facts import Facts
+from hpc.site import Finding, Kind, kinds
 
 _PROBE = Path(__file__).parent / "executors" / "host" / "probe.sh"
 _ROUNDS = 40
@@ -45,6 +46,7 @@ def probe(
     command: Sequence[str],
     wait: float = 600.0,
     say: Callable[[str], None] = print,
+    facts: Facts | None = None,
 ) -> list[Finding]:
     """Runs a probe on two nodes of every kind and tells what they found.
 
@@ -54,13 +56,14 @@ def probe(
         command: The payload's program where the profile names none.
         wait: Seconds to wait for nodes.
         say: Told what is being waited for.
+        facts: What the cluster was asked before.
 
     Raises:
         UserError: Slurm refuses a probe or stays away, or ``place`` cannot be written.
     """
     name = uuid.uuid4().hex[:8]
     folder = make_folder(place.absolute() / f".check-{name}")
-    partitions = read_partitions()
+    partitions = (facts or Facts()).partitions
     probes, findings = [], []
     try:
         for number, kind in enumerate(kinds(profile)):

@@ -83,12 +83,19 @@ class Bars:
     def finished(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
         """Turns the stage's bar into a line."""
         self._drop(stage)
+        if skipped := manifest.get("skipped"):
+            told = f"skipped by {skipped['by']}: {skipped['reason']}"
+            self._say(Text.assemble(("– ", "dim green"), f"{stage.name}  ", (told, "dim")))
+            return
         parts = [duration(manifest["seconds"])]
         if manifest["rows"]:
             parts.append(f"{manifest['rows']:,} rows")
         line = Text.assemble(("✓ ", "green"), f"{stage.name}  ", ("  ".join(parts), "dim"))
         if manifest["errors"]:
             line.append(f"  {manifest['errors']:,} errors", "yellow")
+        counts = manifest.get("counts", {})
+        if dropped := sum(n for name, n in counts.items() if name.startswith("dropped: ")):
+            line.append(f"  {dropped:,} dropped", "yellow")
         self._say(line)
 
     def retried(self, stage: Stage, reason: str) -> None:

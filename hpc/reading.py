@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from hpc.disk import unreadable
 from hpc.errors import UserError
-from hpc.frames import Entry, ShardError, read_frames
+from hpc.frames import Entry, ShardError, add_up, read_frames
 from hpc.sidecars import SUFFIX, Sidecar, keys_digest, list_folder, read_sidecar, shard_path
 
 Row = dict[str, Any]
@@ -231,16 +231,20 @@ def _rows(path: Path, entry: Entry) -> list[Row]:
     return rows
 
 
-def inspect(path: Path, generation: int) -> Sidecar | None:
+def inspect(path: Path, generation: int, counted: Sequence[str] = ()) -> Sidecar | None:
     """What the sidecar of a whole shard would say; None for a damaged one."""
     hasher, keys, rows, errors = hashlib.sha256(), list[str](), 0, 0
+    sums = dict.fromkeys(counted, 0)
     try:
         with _open(path) as file:
             for frame in read_frames(file, path, hasher):
                 keys += [entry.key for entry in frame.entries]
                 rows += sum(len(entry.rows) for entry in frame.entries)
                 errors += sum(bool(entry.error) for entry in frame.entries)
+                for entry in frame.entries:
+                    add_up(sums, entry)
             size = file.tell()
     except ShardError:
         return None
-    return Sidecar(rows, len(keys), errors, size, hasher.hexdigest(), keys_digest(keys), generation)
+    digest, named = hasher.hexdigest(), keys_digest(keys)
+    return Sidecar(rows, len(keys), errors, size, digest, named, generation, sums)

@@ -114,7 +114,8 @@ def _donor(run: RunDir, path: Path) -> RunDir:
 
 
 def _same(chain: Chain, name: str, manifest: dict[str, Any]) -> bool:
-    return manifest["hash"] == chain.identity(name) and manifest["parents"] == chain.made(name)
+    same = manifest["hash"] == chain.identity(name) and manifest["parents"] == chain.made(name)
+    return same and not manifest.get("skipped")  # a decision lets it pass here, too, or does not
 
 
 def _take(chain: Chain, name: str, donor: RunDir, manifest: dict[str, Any]) -> None:

@@ -231,17 +231,21 @@ class RunDir:
         Killed in the middle it leaves a stage that is not complete: the outputs go first,
         then the folder leaves its name in one step.
         """
+        self.remove_outputs(outputs)
+        folder = self.stage_dir(stage)
+        with suppress(FileNotFoundError):  # never there, or another has just removed it
+            folder.rename(folder.with_name(f".removed-{uuid.uuid4().hex}"))
+        for left in folder.parent.glob(".removed-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def remove_outputs(self, outputs: Iterable[str]) -> None:
+        """Removes what a stage left outside of its folder."""
         for output in outputs:
             path = self.path / output
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        folder = self.stage_dir(stage)
-        with suppress(FileNotFoundError):  # never there, or another has just removed it
-            folder.rename(folder.with_name(f".removed-{uuid.uuid4().hex}"))
-        for left in folder.parent.glob(".removed-*"):
-            shutil.rmtree(left, ignore_errors=True)
 
     def locked(self) -> bool:
         """Whether a driver, or a worker it left behind, is at work here now."""
@@ -351,15 +355,30 @@ def _in_order(stages: Sequence[Stage]) -> dict[str, Stage]:
             raise UserError(f"stage {stage.name}: named twice in the chain; rename one")
         named[stage.name] = stage
     for stage in stages:
-        for parent in stage.parents:
+        for parent in (*stage.parents, *stage.unless):
             if parent not in named:
                 raise UserError(f"stage {stage.name}: needs {parent}, which is not in the chain")
         _check_payload(stage)
+        _check_decisions(stage, named)
+    before = {stage.name: (*stage.parents, *stage.unless) for stage in stages}
     try:
-        order = list(TopologicalSorter({s.name: s.parents for s in stages}).static_order())
+        order = list(TopologicalSorter(before).static_order())
     except CycleError as error:
         raise UserError(f"stages wait for each other: {' → '.join(error.args[1])}") from None
     return {name: named[name] for name in order}
+
+
+def _check_decisions(stage: Stage, named: Mapping[str, Stage]) -> None:
+    """Whatever reads the shards of a stage that may be passed over must pass with it."""
+    for name in stage.unless:
+        if named[name].kind != "job":
+            raise UserError(f"stage {stage.name}: {name} cannot decide on it; only a job can")
+    for name in stage.inputs.values():
+        if lacking := set(named[name].unless) - set(stage.unless):
+            raise UserError(
+                f"stage {stage.name}: reads {name}, which {min(lacking)} may pass over; "
+                "name that in its `unless`, too"
+            )
 
 
 def _check_payload(stage: Stage) -> None:

@@ -89,6 +89,7 @@ class ShardWriter:
         generation: Of the lease it is made under.
         resume: The part of a predecessor; its whole frames are taken over.
         limits: When a frame is closed.
+        counted: Fields of its rows whose whole numbers its sidecar sums up.
 
     Attributes:
         done: The keys that are finished, failed ones and those taken over included.
@@ -105,14 +106,15 @@ class ShardWriter:
         generation: int = 0,
         resume: Path | None = None,
         limits: Limits | None = None,
+        counted: Sequence[str] = (),
     ) -> None:
         """Opens the part."""
         self.path = shard_path(make_folder(directory), index)
         self.index, self.generation = index, generation
-        self._limits = limits or Limits()
+        self._limits, self._counted = limits or Limits(), tuple(counted)
         self._name = part_path(directory, index, generation)
         try:
-            self._part = self._resume(resume) if resume else Part(self._name, self._limits)
+            self._part = self._resume(resume) if resume else self._new(self._name)
         except FileExistsError:
             raise LostLease(f"{self._name}: another writer is at work") from None
         self.done: set[str] = set(self._part.keys)
@@ -231,7 +233,10 @@ class ShardWriter:
     def _temporary(self) -> Part:
         path = self._name.with_name(self._name.name + ".tmp")
         path.unlink(missing_ok=True)
-        return Part(path, self._limits)
+        return self._new(path)
+
+    def _new(self, path: Path) -> Part:
+        return Part(path, self._limits, self._counted)
 
 
 def write_groups(
@@ -284,7 +289,9 @@ def write_groups(
     return len(written)
 
 
-def adopt(directory: Path, index: int, source: Sidecar, generation: int) -> Sidecar | None:
+def adopt(
+    directory: Path, index: int, source: Sidecar, generation: int, counted: Sequence[str] = ()
+) -> Sidecar | None:
     """Looks after a shard whose writer died between its link and its sidecar.
 
     Only for who holds the shard's lease.
@@ -294,6 +301,7 @@ def adopt(directory: Path, index: int, source: Sidecar, generation: int) -> Side
         index: The shard's number.
         source: The sidecar of the input shard, whose keys it must hold.
         generation: Of the lease held.
+        counted: As for `ShardWriter`.
 
     Returns:
         The sidecar it has now; None where there was no such shard, or a damaged one, which
@@ -302,7 +310,7 @@ def adopt(directory: Path, index: int, source: Sidecar, generation: int) -> Side
     path = shard_path(directory, index)
     if not path.exists():
         return None
-    sidecar = inspect(path, generation)
+    sidecar = inspect(path, generation, counted)
     if sidecar is not None and sidecar.keys == source.keys:
         write_sidecar(path, sidecar)
         remove_parts(directory, index, generation)

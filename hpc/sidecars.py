@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from hpc.disk import disk_errors, unreadable, write_atomic
@@ -29,6 +29,7 @@ class Sidecar:
         sha256: Digest of the file.
         keys: Digest of its sorted keys; equal in aligned shards.
         generation: Of the lease it was made under.
+        sums: What `Stage.counted` names, summed over its rows; nothing where it names none.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Sidecar:
     sha256: str
     keys: str
     generation: int
+    sums: dict[str, int] = field(default_factory=dict)
 
 
 def shard_path(directory: Path, index: int) -> Path:
@@ -62,7 +64,10 @@ def keys_digest(keys: Iterable[str]) -> str:
 
 def write_sidecar(shard: Path, sidecar: Sidecar, sync_names: bool = True) -> None:
     """Marks a shard as complete; ``sync_names`` makes the names in its folder durable, too."""
-    write_atomic(sidecar_path(shard), json.dumps(asdict(sidecar)) + "\n", sync_names)
+    value = asdict(sidecar)
+    if not sidecar.sums:
+        del value["sums"]
+    write_atomic(sidecar_path(shard), json.dumps(value) + "\n", sync_names)
 
 
 def read_sidecar(shard: Path) -> Sidecar:
@@ -75,16 +80,19 @@ def read_sidecar(shard: Path) -> Sidecar:
     path = sidecar_path(shard)
     try:
         value = json.loads(path.read_bytes())
-        kinds = {field.name: field.type for field in fields(Sidecar)}
+        sums = value.pop("sums", {})
+        kinds = {field.name: field.type for field in fields(Sidecar) if field.name != "sums"}
         if {name: type(held).__name__ for name, held in value.items()} != kinds:
             raise ValueError
-        return Sidecar(**value)
+        if not all(type(held) is int for held in sums.values()):
+            raise ValueError
+        return Sidecar(**value, sums=sums)
     except (FileNotFoundError, NotADirectoryError):
         there = "its sidecar is missing" if shard.exists() else "there is no such shard"
         raise ShardError(shard, 0, there) from None
     except OSError as error:
         raise unreadable(path, error) from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise ShardError(path, 0, "not a sidecar") from None
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import getpass
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc import slurm
 from hpc.cluster import Profile, Resources
-from hpc.errors import UserError
-from hpc.slurm import SlurmError
+from hpc.facts import Facts, Node, Partition, duration, megabytes
 
-_UNITS = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 _SINGLE = ("training", "gate")  # jobs that are no arrays
-_USELESS = ("down", "drain", "fail", "maint", "unk", "inval", "power", "not_resp")
 
 
 @dataclass(frozen=True)
@@ -33,36 +29,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.level:5}  {self.about}: {self.said}"
-
-
-@dataclass(frozen=True)
-class Node:
-    """What a node has, as Slurm sees it; memory in MiB."""
-
-    name: str
-    state: str
-    cores: int
-    memory: int
-    gpus: int
-    features: frozenset[str]
-
-    @property
-    def usable(self) -> bool:
-        """Whether jobs may start on it, now or soon."""
-        return not any(word in self.state.lower() for word in _USELESS)
-
-
-@dataclass(frozen=True)
-class Partition:
-    """What Slurm tells of a partition, its fields as ``scontrol show partition`` names them."""
-
-    fields: Mapping[str, str]
-    nodes: tuple[Node, ...]
-
-    @property
-    def minutes(self) -> float:
-        """The longest time limit of a job; infinite where there is none."""
-        return duration(self.fields.get("MaxTime", "UNLIMITED"))
 
 
 @dataclass(frozen=True)
@@ -98,27 +64,26 @@ def kinds(profile: Profile) -> list[Kind]:
     ]
 
 
-def check(profile: Profile) -> list[Finding]:
+def check(profile: Profile, facts: Facts | None = None) -> list[Finding]:
     """Everything that can be told without a job.
+
+    Args:
+        profile: The cluster.
+        facts: Keeps what the cluster is asked.
 
     Raises:
         UserError: There is no Slurm here, or it does not answer.
     """
-    config = slurm.config()
-    return [*_of_cluster(config), *hold(profile, profile.named(), read_partitions(), config)]
+    facts = facts or Facts()
+    return [*_of_cluster(facts.config), *hold(profile, profile.named(), facts)]
 
 
-def hold(
-    profile: Profile,
-    asked: Mapping[str, Resources],
-    partitions: Mapping[str, Partition],
-    config: Mapping[str, str],
-) -> list[Finding]:
+def hold(profile: Profile, asked: Mapping[str, Resources], facts: Facts) -> list[Finding]:
     """Kinds of job, by name, against partitions, accounts and quality of service."""
     findings: list[Finding] = []
     for name, resources in asked.items():
-        findings += _of_kind(name, resources, profile, partitions, config)
-    return findings + _of_accounts(profile, asked)
+        findings += _of_kind(name, resources, profile, facts.partitions, facts.config)
+    return findings + _of_accounts(profile, asked, facts)
 
 
 def _of_cluster(config: Mapping[str, str]) -> Iterator[Finding]:
@@ -229,22 +194,21 @@ def _having(node: Node) -> str:
     return f"{node.cores} cores, {node.gpus} GPUs, {node.memory} MiB"
 
 
-def _of_accounts(profile: Profile, asked: Mapping[str, Resources]) -> list[Finding]:
+def _of_accounts(profile: Profile, asked: Mapping[str, Resources], facts: Facts) -> list[Finding]:
     """Associations and quality-of-service limits of this user."""
-    user = getpass.getuser()
-    form = "account,partition,qos,defaultqos,maxjobs,maxsubmitjobs,maxwall"
-    try:
-        lines = table("sacctmgr", "show", "assoc", f"user={user}", f"format={form}")
-        rules = table("sacctmgr", "show", "qos", "format=name,maxjobspu,maxsubmitjobspu,maxwall")
-    except (SlurmError, UserError):
+    lines, rules = facts.associations, facts.rules
+    if lines is None or rules is None:
         said = "none kept (no slurmdbd); hours are counted from what the jobs themselves record"
         return [Finding("note", "accounting", said)]
+    user = getpass.getuser()
     if not lines:
         return [Finding("note", "accounting", f"no association of {user}; no limit is known")]
-    limits = {line[0]: line[1:] for line in rules}
-    findings = [
-        Finding("ok", "accounting", f"{user} in {', '.join(sorted({x[0] for x in lines}))}")
-    ]
+    limits = {
+        line["name"]: (line["maxjobspu"], line["maxsubmitjobspu"], line["maxwall"])
+        for line in rules
+    }
+    accounts = ", ".join(sorted({line["account"] for line in lines}))
+    findings = [Finding("ok", "accounting", f"{user} in {accounts}")]
     for name, resources in asked.items():
         findings += _of_association(name, resources, profile, lines, limits)
     return findings
@@ -254,25 +218,25 @@ def _of_association(
     name: str,
     resources: Resources,
     profile: Profile,
-    lines: list[list[str]],
-    rules: Mapping[str, list[str]],
+    lines: Sequence[Mapping[str, str]],
+    rules: Mapping[str, tuple[str, str, str]],
 ) -> Iterator[Finding]:
     account = profile.word(resources, "account")
-    mine = [line for line in lines if not account or line[0] == account]
+    mine = [line for line in lines if not account or line["account"] == account]
     if not mine:
-        there = ", ".join(sorted({line[0] for line in lines}))
+        there = ", ".join(sorted({line["account"] for line in lines}))
         yield Finding("wrong", f"{name}.account", f"{account} is none of yours; choose of {there}")
         return
-    allowed = {word for line in mine for word in line[2].split(",") if word}
-    qos = profile.word(resources, "qos") or mine[0][3]
-    qos = qos or (mine[0][2] if len(allowed) == 1 else "")
+    allowed = {word for line in mine for word in line["qos"].split(",") if word}
+    qos = profile.word(resources, "qos") or mine[0]["defaultqos"]
+    qos = qos or (mine[0]["qos"] if len(allowed) == 1 else "")
     if qos and allowed and qos not in allowed:
         shown = ", ".join(sorted(allowed))
         yield Finding("wrong", f"{name}.qos", f"{qos} is not allowed; choose of {shown}")
         return
-    most = {"account": mine[0][4:7]}
+    most = {"account": (mine[0]["maxjobs"], mine[0]["maxsubmitjobs"], mine[0]["maxwall"])}
     if qos in rules:
-        most[f"QOS {qos}"] = rules[qos][:3]
+        most[f"QOS {qos}"] = rules[qos]
     workers = 1 if name in _SINGLE else resources.workers
     for whose, (running, queued, wall) in most.items():
         if queued.isdigit() and int(queued) < workers + 2:
@@ -286,93 +250,9 @@ def _of_association(
             yield Finding("wrong", f"{name}.minutes", said)
 
 
-# ---- reading
-
-
-def read_partitions(patience: float = 60.0) -> dict[str, Partition]:
-    """The partitions that this user sees, with their nodes.
-
-    Args:
-        patience: Seconds to wait for the controller.
-
-    Raises:
-        UserError: Slurm does not answer.
-    """
-    nodes: dict[str, list[Node]] = {}
-    said = slurm.patiently("sinfo", "-h", "-N", "-o", "%R|%N|%T|%c|%m|%G|%f", patience=patience)
-    for line in said.splitlines():
-        partition, name, state, cores, memory, gres, features = line.split("|", 6)
-        node = Node(
-            name,
-            state,
-            _number(cores),
-            _number(memory),
-            _gpus(gres),
-            frozenset(features.split(",")),
-        )
-        nodes.setdefault(partition, []).append(node)
-    found = {}
-    said = slurm.patiently("scontrol", "-o", "show", "partition", patience=patience)
-    for line in said.splitlines():
-        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        name = fields.get("PartitionName", "")
-        found[name] = Partition(fields, tuple(nodes.get(name, ())))
-    return found
-
-
 def _default(partitions: Mapping[str, Partition]) -> str:
     named = (name for name, one in partitions.items() if one.fields.get("Default") == "YES")
     return next(named, "")
-
-
-def table(command: str, *words: str) -> list[list[str]]:
-    """The lines of one of Slurm's parsable tables, split into their fields.
-
-    Raises:
-        SlurmError: The command failed.
-        UserError: It is not here.
-    """
-    said = slurm.call(command, "--noheader", "--parsable2", *words)
-    return [line.split("|") for line in said.splitlines() if line.strip("|")]
-
-
-def _gpus(gres: str) -> int:
-    """GPUs of ``gpu:a100:4(S:0-1),shard:8``."""
-    counts: Iterable[str] = re.findall(r"(?:^|,)gpu(?::[^,:(]+)?:(\d+)", gres)
-    return sum(map(int, counts))
-
-
-def _number(text: str) -> int:
-    found = re.match(r"\d+", text)
-    return int(found[0]) if found else 0
-
-
-def megabytes(text: str) -> float:
-    """MiB of ``16G``; 0 for nothing."""
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text)
-    return int(found[1]) * _UNITS[found[2]] if found else 0
-
-
-def duration(text: str) -> float:
-    """Minutes of ``[days-]hours:minutes:seconds`` and its short forms; infinite for no limit.
-
-    Raises:
-        UserError: It is no time at all.
-    """
-    if text in ("UNLIMITED", "INFINITE", "NONE", ""):
-        return float("inf")
-    days, dash, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in (*parts, *([days] if dash else []))) or len(parts) > 3:
-        raise UserError(f"Slurm speaks of a time {text!r}, which nobody understands")
-    numbers = [int(part) for part in parts]
-    if dash:
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-    elif len(numbers) == 1:
-        hours, minutes, seconds = 0, numbers[0], 0
-    else:
-        hours, minutes, seconds = [0, *numbers][-3:]
-    return 1440 * int(days or 0) + 60 * hours + minutes + seconds / 60
 
 
 def _minutes(value: float) -> str:

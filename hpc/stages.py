@@ -79,7 +79,8 @@ class Stage:
         after: Further stages that must be complete before (a model that is loaded, say).
         config: Everything that shapes the result; its hash is the stage's identity.
         load: For ``map``: makes the mapper. Called only when there is work.
-        run: For ``job``: does the work and returns counts for the manifest.
+        run: For ``job``: does the work and returns counts for the manifest. The sum of those
+            named ``dropped: <reason>`` is told when the stage is complete.
         outputs: Paths relative to the run directory that completion demands
             (``models/reasoning``), beside the stage's own shards.
         workers: How many processes pull at once (map), or how many slots the one process of
@@ -89,6 +90,11 @@ class Stage:
             gives it, at once; the counts of rank 0 are kept, and a rank that returns none was
             asked to leave, or heard that another was. Otherwise by one process.
         error_limit: Largest share of inputs that may fail before the stage does.
+        unless: Job stages that decide whether this one is needed: one whose counts hold
+            ``skip``, a reason, lets it pass without work, shards and outputs. A decision that is
+            no parent is not waited for; it may come while the stage is at work, and ends that.
+        counted: Whole numbers to be summed up beside rows, by name: fields of a map stage's rows,
+            counts of a job (``tokens``). Never shapes the result.
     """
 
     name: str
@@ -103,6 +109,8 @@ class Stage:
     resources: str = "cpu"
     distributed: bool = False
     error_limit: float = 0.0
+    unless: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
 
     @property
     def parents(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _HOURS = {"node": "node", "core": "core", "gpu": "GPU"}
 _SHOWN = {
     "complete": "green",
+    "skipped": "dim green",
     "running": "cyan",
     "stopped": "red",
     "cancelled": "red",
@@ -103,11 +104,13 @@ def status(
         ``{"run", "state", "reason", "stages": [{"name", "kind", "state", "inputs",
         "shards": {"done", "total"}, "rows", "errors", "seconds", "rate", "numbers"}, …]}``,
         for a stage at work ``"eta"``, the seconds it still takes at its rate,
+        ``"sums"`` of what the stage counts beside rows (``tokens``),
         on a cluster also ``"jobs": {"running", "pending", "held", "why"}``, ``"hours": {"node",
-        "core", "gpu"}`` and, where it used GPUs, ``"rows_per_gpu_hour"`` for each stage, and
-        ``"jobs"`` and ``"hours"`` of all together.
+        "core", "gpu"}`` and, where it used GPUs, ``"per_gpu_hour"``: rows, what else was counted,
+        and seconds of the stage, and ``"jobs"`` and ``"hours"`` of all together.
         A run is complete, running, stopped, cancelled or incomplete. A stage is complete,
-        running, incomplete (begun), outdated (made from what is no longer there) or waiting.
+        running, incomplete (begun), outdated (made from what is no longer there), waiting, or
+        skipped: a decision let it pass, whose ``reason`` stands there.
     """
     run = chain.run
     standing = gates.standing(chain)
@@ -121,7 +124,7 @@ def status(
             entry = _stage(chain, name, standing[name], counts.running > 0)
             stages.append(entry | {"jobs": asdict(counts)})
         if hours is not None:
-            stages[-1] |= _used(hours.get(name, {}), stages[-1]["rows"])
+            stages[-1] |= used(hours.get(name, {}), stages[-1])
     stopped, cancelled = run.marked(STOPPED), run.marked(CANCELLED)
     if all(standing.values()):
         state, reason = "complete", ""
@@ -162,12 +165,18 @@ def _together(jobs: Iterable[JobCounts]) -> JobCounts:
     return found
 
 
-def _used(hours: Mapping[str, float], rows: int) -> dict[str, Any]:
-    """What a stage's jobs have used, and made of it."""
-    used: dict[str, Any] = {"hours": {kind: hours.get(kind, 0.0) for kind in _HOURS}}
-    if hours.get("gpu"):
-        used["rows_per_gpu_hour"] = rows / hours["gpu"]
-    return used
+def used(hours: Mapping[str, float], made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage's jobs have used, and made of it.
+
+    Args:
+        hours: Its node-, core- and GPU-hours.
+        made: Its ``rows``, ``seconds`` and ``sums``.
+    """
+    found: dict[str, Any] = {"hours": {kind: hours.get(kind, 0.0) for kind in _HOURS}}
+    if gpu := hours.get("gpu"):
+        counted = {"rows": made["rows"], **made.get("sums", {}), "seconds": made["seconds"]}
+        found["per_gpu_hour"] = {what: count / gpu for what, count in counted.items()}
+    return found
 
 
 def check_sizes(chain: Chain) -> None:
@@ -207,6 +216,8 @@ def board(found: dict[str, Any]) -> Table:
     kind = next((kind for kind in ("gpu", "core") if found.get("hours", {}).get(kind)), None)
     if kind is not None:
         table.add_column(f"{_HOURS[kind]}-h", justify="right")
+    if by_gpu := any("per_gpu_hour" in entry for entry in found["stages"]):
+        table.add_column("a GPU-h", justify="right")
     for entry in found["stages"]:
         shards, inputs = entry["shards"], entry["inputs"]
         table.add_row(
@@ -220,12 +231,15 @@ def board(found: dict[str, Any]) -> Table:
             f"{entry['rate']:.3g}/s" if entry["rate"] else "",
             *([_jobs(entry["jobs"])] if on_cluster else []),
             *([_few(entry["hours"][kind])] if kind is not None else []),
+            *([_rates(entry.get("per_gpu_hour", {}))] if by_gpu else []),
         )
     if "hours" in found and any(found["hours"].values()):
         used = "  ".join(f"{_HOURS[key]}-hours: {_few(x)}" for key, x in found["hours"].items())
         table.title = f"{table.title}   {used}"
-    if found["reason"]:
-        table.caption = Text(found["reason"], style="red")
+    told = [Text(found["reason"], style="red")] if found["reason"] else []
+    reasons = dict.fromkeys(entry["reason"] for entry in found["stages"] if "reason" in entry)
+    if told := told + [Text(f"skipped by {reason}") for reason in reasons]:
+        table.caption = Text("\n").join(told)
         table.caption_justify = "left"
     return table
 
@@ -233,6 +247,17 @@ def board(found: dict[str, Any]) -> Table:
 def _few(hours: float) -> str:
     """Hours with as many digits as they deserve."""
     return f"{hours:.1f}" if hours >= 100 else f"{hours:.2g}" if hours else ""
+
+
+def _rates(found: Mapping[str, float]) -> str:
+    """Of what was made in a GPU-hour: tokens and the like, else rows."""
+    told = {what: count for what, count in found.items() if what not in ("rows", "seconds")}
+    told = told or {what: count for what, count in found.items() if what == "rows"}
+    return ", ".join(
+        f"{count:,.0f} {what}" if count >= 100 else f"{count:.3g} {what}"
+        for what, count in told.items()
+        if count
+    )
 
 
 def duration(seconds: float) -> str:
@@ -251,11 +276,15 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
     entry: dict[str, Any] = {"name": name, "kind": stage.kind, "numbers": {}}
     if manifest is not None:
         seconds, inputs = manifest["seconds"], manifest["inputs"]
+        skipped = manifest.get("skipped")
+        if skipped:
+            entry["reason"] = f"{skipped['by']}: {skipped['reason']}"
         return entry | {
-            "state": "complete" if complete else "outdated",
+            "state": "outdated" if not complete else "skipped" if skipped else "complete",
             "shards": {"done": manifest["shards"], "total": manifest["shards"]},
             "inputs": {"done": inputs, "total": inputs},
             "rows": manifest["rows"],
+            "sums": manifest.get("sums", {}),
             "errors": manifest["errors"],
             "seconds": seconds,
             "rate": inputs / seconds if seconds else 0.0,
@@ -267,6 +296,7 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
             "shards": {"done": 0, "total": 0},
             "inputs": {"done": 0, "total": 0},
             "rows": 0,
+            "sums": {},
             "errors": 0,
             "seconds": 0.0,
             "rate": 0.0,
@@ -281,6 +311,7 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
         "shards": {"done": now.shards, "total": now.of_shards},
         "inputs": {"done": now.done, "total": now.total},
         "rows": sum(sidecar.rows for sidecar in made),
+        "sums": gates.add_sums(made),
         "errors": now.errors,
         "seconds": seconds,
         "rate": rate,

@@ -26,6 +26,7 @@ from hpc.disk import write_atomic
 from hpc.errors import UserError
 from hpc.executors.base import Job
 from hpc.executors.slurm import SlurmExecutor
+from hpc.facts import Facts
 from hpc.naming import make_id, next_attempt, parse_name, prefix
 from hpc.planning import PREFLIGHT, Planned, Step, plan_of, preflight_job, steps_of
 from hpc.provenance import image
@@ -86,14 +87,20 @@ def submit(
                 return 0
             profile = pinned(chain, profile, other_image)
             run.unmark(STOPPED, CANCELLED, "slurm/finished")
-            profile = keep_profile(run, profile)
+            gates.withdraw(chain)
+            facts = Facts(profile.submit.patience)
+            profile = keep_profile(run, profile, facts)
             make_id(run)
             run.add_provenance(chain.packages, chain.image)
             if slurm.available():
-                admit(_missing(chain, profile), profile)
+                admit(_missing(chain, profile, facts), profile, facts=facts)
+        # What is queued may move on; where there is nothing of this run, nobody adds to it.
+        mine = [job for job in facts.queue if job.name.startswith(prefix(run) + "-")]
+        if not mine:
+            gates.pass_over(chain)
         count = 0
         for _ in range(_ROUNDS):
-            submission = _Submission(chain, profile, say)
+            submission = _Submission(chain, profile, say, None if mine or count else [])
             refused: slurm.Refused | None = None
             try:
                 submission.fill()
@@ -144,38 +151,36 @@ def pinned(chain: Chain, profile: Profile, other_image: bool = False) -> Profile
     return profile
 
 
-def keep_profile(run: RunDir, profile: Profile) -> Profile:
+def keep_profile(run: RunDir, profile: Profile, facts: Facts | None = None) -> Profile:
     """Writes the profile, fitted to the cluster, into the run, for its gates."""
-    profile = fitted(profile)
+    facts = facts or Facts(profile.submit.patience)
+    profile = fitted(profile, facts)
     if slurm.available():
+        facts.look()
         # Nodes are only avoided where many are left.
-        patience = profile.submit.patience
-        said = slurm.patiently("sinfo", "--noheader", "--format=%n", patience=patience)
-        nodes = set(said.split())
-        write_json(run.path / "slurm" / "site.json", {"nodes": len(nodes)})
+        write_json(run.path / "slurm" / "site.json", {"nodes": len(facts.nodes)})
     write_atomic(profile_path(run), dump(profile))
     return profile
 
 
-def _missing(chain: Chain, profile: Profile) -> list[Planned]:
+def _missing(chain: Chain, profile: Profile, facts: Facts) -> list[Planned]:
     """The jobs of a plan that are not queued yet."""
-    patience = profile.submit.patience
     live = {
         (parsed[0], parsed[1])
-        for job in slurm.queue(prefix(chain.run) + "-", patience=patience)
+        for job in facts.queue
         if job.reason != "DependencyNeverSatisfied" and (parsed := parse_name(chain.run, job.name))
     }
     planned = plan_of(chain, profile)
     return [item for item in planned if (item.job.stage, item.job.role) not in live]
 
 
-def fitted(profile: Profile) -> Profile:
+def fitted(profile: Profile, facts: Facts | None = None) -> Profile:
     """The profile within the cluster's limit on arrays, where there is a cluster."""
     profile = copy.deepcopy(profile)
     if slurm.available():
         # The largest index is one less than this.
-        config = slurm.config(profile.submit.patience)
-        largest = int(config.get("MaxArraySize", "1001"))
+        facts = facts or Facts(profile.submit.patience)
+        largest = int(facts.config.get("MaxArraySize", "1001"))
         for asked in (profile.cpu, profile.gpu, profile.training, *profile.stages.values()):
             asked.workers = min(asked.workers, max(largest, 1))
     return profile
@@ -188,6 +193,7 @@ class _Submission:
     chain: Chain
     profile: Profile
     say: Say
+    seen: list[Queued] | None = None  # what is queued of the run, where that is known
     count: int = 0
     gates: dict[str, str] = field(default_factory=dict)  # stage to the id of its gate
     sent: dict[str, str] = field(default_factory=dict)  # name to id
@@ -197,7 +203,10 @@ class _Submission:
         self.executor = SlurmExecutor(run, self.profile)
         self.live: dict[str, Queued] = {}
         hopeless = []
-        for job in slurm.queue(prefix(run) + "-", patience=self.profile.submit.patience):
+        seen = self.seen
+        if seen is None:
+            seen = slurm.queue(prefix(run) + "-", patience=self.profile.submit.patience)
+        for job in seen:
             if job.reason == "DependencyNeverSatisfied":
                 hopeless.append(job.job)
             else:

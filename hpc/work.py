@@ -1,6 +1,6 @@
 """The payload of a stage: what ``PROGRAM work RUN STAGE`` does.
 
-Exit statuses: 0 the stage (or, for a job, the job) is done · 1 the payload failed, its
+Exit statuses: 0 the stage (or, for a job, the job) is done, or let pass · 1 the payload failed, its
 traceback is in the log · 75 the time limit is near, queue me again · 77 the run was
 cancelled · 78 other workers have in hand all that is left · 130, 143 asked to leave by SIGINT,
 SIGTERM: never to be queued again by itself.
@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hpc.context import RunContext, Signals
+from hpc.decisions import skipped_by
 from hpc.disk import told, write_atomic
 from hpc.errors import UserError
-from hpc.gates import REQUEUE
+from hpc.gates import DONE, REQUEUE
 from hpc.mapping import Pace, Worker
 from hpc.rundir import Chain
 from hpc.stages import Stage
@@ -50,7 +51,10 @@ def work(chain: Chain, stage_name: str, pace: Pace | None = None) -> int:
     if stage is None:
         near = difflib.get_close_matches(stage_name, chain.stages, 1, 0.0)
         raise UserError(f"no stage {stage_name!r}; did you mean {(near or ['nothing'])[0]}?")
-    with Signals(chain).caught() as signals:
+    if skipped := skipped_by(chain, stage_name):
+        print(f"skipped by {skipped['by']}: {skipped['reason']}", flush=True)
+        return DONE
+    with Signals(chain, stage).caught() as signals:
         try:
             context = RunContext(chain, stage, signals)
             if stage.kind == "map":

@@ -19,9 +19,11 @@ from hpc.rundir import Chain, RunDir
 from hpc.stages import Stage
 from insightv import payloads
 from insightv.config import NONE, ChainConfig, ModelConfig, folders
+from insightv.evaluation import stopping
 from insightv.evaluation.answering import EntryConfig
 from insightv.generation import GenerationConfig
 from insightv.payloads import ROLES, MakeSet, Source
+from insightv.questions import making
 from insightv.training.config import TrainConfig
 
 ENTRIES = {
@@ -40,11 +42,16 @@ ENTRIES = {
 }
 """Each entry's mode, who reasons (or answers alone), and who answers last.
 
-``reasoning-last`` is the model of the last round; who votes in ``majority`` is a key.
+``reasoning-last`` is the model of the last round, or of the best where rounds may stop early;
+who votes in ``majority`` is a key.
 """
 
 COMPARED = "multi_agent"
 """The entry whose reasoning the judge's card tests, and whose tokens a majority may spend."""
+
+TOKENS = ("tokens",)
+"""What stages with a model count beside rows: tokens generated (of paths that came to nothing,
+none), or trained on."""
 
 SUMMARIES = ("results", "report")
 """Stages that only tell what the others made; they follow any change."""
@@ -121,7 +128,8 @@ class _Stages:
         """A training; but for the torch backend on as many ranks as the profile gives it."""
         workers = self.config.local.workers or sys.maxsize
         ranks = training.backend != "torch"
-        return self._job(name, workers=workers, resources="gpu", distributed=ranks, **parts)
+        parts |= {"distributed": ranks, "counted": TOKENS}
+        return self._job(name, workers=workers, resources="gpu", **parts)
 
     # ---- questions, and one round of paths with their assessment
 
@@ -138,8 +146,31 @@ class _Stages:
             "seed": self.config.seed if split == "train" else asked["held_out_seed"],
             "per_shard": asked["per_shard"],
         }
+        outputs = [f"stages/{name}/pictures"]
+        if asked["mappings"]:
+            shape["read"] = making.shape(self.config.questions, split)
+            outputs.append(f"stages/{name}/{making.DROPPED}")
         run = payloads.questions(self.config, split)
-        return self._job(name, config=shape, run=run, outputs=(f"stages/{name}/pictures",))
+        return self._job(name, config=shape, run=run, outputs=tuple(outputs))
+
+    def _direct(self) -> str:
+        """The generator's answers without reasoning, which tell what is hard."""
+        asked, name = self.config.questions, "hard-direct"
+        entry = EntryConfig("hard", "direct", reasoning_model="generator", answer=asked.direct)
+        entry.validate()
+        return self._map(
+            name,
+            inputs={"questions": "questions-train"},
+            config={
+                "seed": self.config.seed,
+                "entry": shaping(entry),
+                "sets": list(asked.hard),
+                "by": self.generator.shape,
+                "judge": shaping(self.config.judge),
+                "judged by": self._referee(),
+            },
+            load=payloads.direct(self.config, entry, self.generator, self.judge),
+        )
 
     def _paths(self, prefix: str, source: Source, sampling: GenerationConfig, number: int) -> None:
         """Generation, verdicts and scores of one round, named ``<prefix>-…``."""
@@ -148,6 +179,8 @@ class _Stages:
         inputs = {"questions": "questions-train"}
         if generate in self.stages:
             return
+        # Generation goes on beside the decision after the round before; the rest waits for it.
+        unless = self._decisions(number) if prefix == f"r{number}" else ()
         answerer = self._answerer() if number else None
         judging = config.rounds.answer_from == "summary"
         shape = {
@@ -159,25 +192,33 @@ class _Stages:
         }
         if answerer is not None:
             shape |= {"answers by": answerer.shape, "judging": judging}
+        hard = config.questions.hard
+        if hard:
+            shape["hard"] = list(hard)
         self._map(
             generate,
-            inputs=inputs,
+            inputs=inputs | ({"direct": self._direct()} if hard else {}),
             after=_stages(source, answerer),
             config=shape,
             load=payloads.generate(config, source, sampling, number, answerer, judging),
+            unless=unless,
+            counted=TOKENS,
         )
         inputs = inputs | {"paths": generate}
         self._map(
             judge,
             inputs=inputs,
+            after=unless[-1:],
             config={"seed": config.seed, "judge": shaping(config.judge), "by": self._referee()},
             load=payloads.judge(config, self.judge),
+            unless=unless,
         )
         self._map(
             f"{prefix}-score",
             inputs=inputs | {"verdicts": judge},
             config={"seed": config.seed, "score": shaping(config.score), "by": self.scorer.shape},
             load=payloads.score(config, self.scorer),
+            unless=unless,
         )
 
     def _answerer(self) -> Source | None:
@@ -203,7 +244,10 @@ class _Stages:
         if name == "base":
             return self.base
         if name == "reasoning-last":
-            return self._round(self.config.rounds.count)
+            rounds = self.config.rounds
+            if rounds.early_stop.enabled and rounds.count:
+                return self._best_round()
+            return self._round(rounds.count)
         if name == "reasoning-dpo":
             return self._single_round()
         return self._fine_tuned(name)
@@ -282,8 +326,81 @@ class _Stages:
         if number == 0:
             return self._fine_tuned("reasoning")
         before, prefix = self._round(number - 1), f"r{number}"
+        if f"{prefix}-dpo" not in self.stages and self.config.rounds.early_stop.enabled:
+            self._decision(number - 1, before)
         self._paths(prefix, before, self.config.rounds.generation, number)
-        return self._preferred(prefix, f"{prefix}-dpo", before, f"reasoning-{prefix}")
+        name, unless = f"reasoning-{prefix}", self._decisions(number)
+        return self._preferred(prefix, f"{prefix}-dpo", before, name, unless=unless)
+
+    def _decisions(self, number: int) -> tuple[str, ...]:
+        """The stages that may decide that a round is not made."""
+        if not self.config.rounds.early_stop.enabled:
+            return ()
+        return tuple(stopping.decision(before) for before in range(1, number))
+
+    def _decision(self, number: int, model: Source) -> None:
+        """A round's pair of agents on the validation split, and whether further rounds follow."""
+        config, stop = self.config, self.config.rounds.early_stop
+        if not sum(getattr(config.questions, n).validation for n in config.questions.reasoned):
+            raise UserError(
+                "rounds.early_stop decides by the validation split, which has no questions; give "
+                f"questions.{(config.questions.reasoned or ['charts'])[0]}.validation"
+            )
+        asked, unless = config.evaluation, self._decisions(number)
+        entry = EntryConfig(
+            name=f"round-{number}",
+            mode=ENTRIES[COMPARED][0],
+            reasoning_model=model.path,
+            summary_model="summary",
+            reasoning=asked.reasoning,
+            answer=asked.answer,
+        )
+        summary = self._fine_tuned("summary")
+        self._map(
+            stopping.validation(number),
+            inputs={"questions": self._questions("validation")},
+            after=_stages(model, summary),
+            config={
+                "seed": config.seed,
+                "entry": shaping(entry),
+                "sets": list(config.questions.reasoned),
+                "by": [model.shape, summary.shape],
+                "judge": shaping(config.judge),
+                "judged by": self._referee(),
+            },
+            load=payloads.validate(config, entry, model, summary, self.judge),
+            unless=unless,
+            counted=TOKENS,
+        )
+        if number:
+            self._job(
+                stopping.decision(number),
+                after=(*map(stopping.validation, range(number + 1)), *unless[-1:]),
+                config={
+                    "patience": stop.patience,
+                    "min_gain": stop.min_gain,
+                    "last": number == config.rounds.count,
+                    "seed": asked.resamples_seed,
+                },
+                run=payloads.decide(config, number),
+                unless=unless,
+            )
+
+    def _best_round(self) -> Source:
+        """The reasoning agent of the round that was best on the validation split."""
+        count = self.config.rounds.count
+        last = self._round(count)
+        model = self._trained("reasoning-chosen", stopping.CHOICE)
+        if model.stage not in self.stages:
+            self._decision(count, last)
+            made = [f"r{number}-dpo" for number in range(1, count + 1)]
+            self._job(
+                model.stage,
+                after=("sft-reasoning", *made, *self._decisions(count + 1)),
+                run=payloads.choose(self.config, model.path),
+                outputs=(model.path,),
+            )
+        return model
 
     def _single_round(self) -> Source:
         """The control: one round on as many pairs as all rounds of the iterative run have."""
@@ -299,7 +416,13 @@ class _Stages:
         return self._preferred("dpo", "dpo-train", start, "reasoning-dpo", prefix)
 
     def _preferred(
-        self, prefix: str, stage: str, policy: Source, name: str, paths: str = ""
+        self,
+        prefix: str,
+        stage: str,
+        policy: Source,
+        name: str,
+        paths: str = "",
+        unless: tuple[str, ...] = (),
     ) -> Source:
         """Pairs, their reference log-probabilities, and DPO on them.
 
@@ -309,6 +432,7 @@ class _Stages:
             policy: The model to be trained.
             name: The trained model's name.
             paths: For the control: prefix of the stages whose paths it pairs.
+            unless: The decisions that may leave all this out.
         """
         config, rounds = self.config, self.config.rounds
         model = self._trained(name, stage)
@@ -336,6 +460,7 @@ class _Stages:
                 "per_shard": config.questions.per_shard,
             },
             run=payloads.pairs(config, policy, pairing, as_many_as),
+            unless=unless,
         )
         self._map(
             f"{prefix}-reference",
@@ -343,6 +468,7 @@ class _Stages:
             after=tied.after,
             config={"run": shaping(rounds.log_probabilities), "by": tied.shape},
             load=payloads.reference(config, tied),
+            unless=unless,
         )
         self._training(
             stage,
@@ -357,6 +483,7 @@ class _Stages:
             },
             run=payloads.dpo(config, rounds.dpo, policy, tied, model.path),
             outputs=(model.path,),
+            unless=unless,
         )
         return model
 
@@ -399,6 +526,7 @@ class _Stages:
                 "judged by": self._referee(),
             },
             load=payloads.answer(config, entry, first, last, self.judge),
+            counted=TOKENS,
         )
 
     def _summaries(self) -> None:
@@ -421,4 +549,4 @@ def _stages(*sources: Source | None) -> tuple[str, ...]:
 
 
 def _configured(model: ModelConfig) -> Source:
-    return Source(model.path, model.prompts, digest=model.digest)
+    return Source(model.path, model.prompts, digest=model.digest, engine_config=model.engine)

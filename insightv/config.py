@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import insightv
-from hpc.config import load, unhashed
+from hpc.config import load, unhashed, unhashed_factory
 from hpc.errors import UserError
 from insightv.assessment.judge import JudgeConfig
 from insightv.assessment.scoring import ScoreConfig
 from insightv.curation import PairConfig, ReasoningSetConfig, SummarySetConfig
-from insightv.demo.sets import QuestionsConfig
+from insightv.demo.sets import QuestionsConfig, Sizes
 from insightv.engines import EngineConfig
 from insightv.evaluation.answering import CallConfig
 from insightv.evaluation.results import LADDER
+from insightv.evaluation.stopping import EarlyStopConfig
 from insightv.generation import GenerationConfig
 from insightv.prompting import FOLDER, load_prompts
+from insightv.questions import Place, SetConfig, count_questions, load_set
+from insightv.questions.making import DUPLICATES
+from insightv.questions.sources import files, fingerprint
 from insightv.training.config import DPOConfig, ReferenceConfig, SFTConfig
 
 SETS = ("charts", "reading", "shapes")
@@ -46,9 +50,25 @@ _TEXT = re.compile(r"(models\.\w+\.(?:path|prompts))=\s*\Z")
 
 @dataclass
 class QuestionsSection(QuestionsConfig):
-    """What is asked; see `QuestionsConfig` for the sizes.
+    """What is asked; see `QuestionsConfig` for the sizes of the sets that are drawn.
 
     Attributes:
+        sets: Files of sets that are read (``configs/data/chartqa.yaml``), relative to the chain
+            file or to where the command is given. They move into ``mappings`` when a run starts,
+            which then stands on its own.
+        mappings: Sets that are read, written out; see `SetConfig`.
+        take: Most questions of these sets, by split; a set that is not named gives all.
+        folder: Where the folders of sets lie.
+        network: Sets without files there may be read from the hub. Compute nodes mostly have
+            no way out; then fetch them before.
+        held_out: Files of further evaluation sets that training must not see.
+        held_out_mappings: The same, written out.
+        duplicates: Training questions that evaluation asks too (in any set that is read, or
+            held out). ``question``: those with the same text about the same picture go;
+            ``picture``: all about a picture of evaluation; ``keep``: none.
+        hard: Sets that are read of which only questions are reasoned about that the generator
+            answers wrong without reasoning. Paper: half of its reasoning data.
+        direct: Sampling of that answer: greedy, so that luck is left out of it.
         reasoned: Sets whose questions become reasoning paths.
         plain: Sets whose questions are replayed with their plain answers, so that perception
             is not forgotten.
@@ -56,6 +76,16 @@ class QuestionsSection(QuestionsConfig):
             worker keep all busy to the end.
     """
 
+    sets: list[str] = unhashed_factory(list)
+    mappings: list[SetConfig] = field(default_factory=list)
+    take: dict[str, Sizes] = field(default_factory=dict)
+    folder: str = unhashed("")
+    network: bool = unhashed(False)
+    held_out: list[str] = unhashed_factory(list)
+    held_out_mappings: list[SetConfig] = field(default_factory=list)
+    duplicates: str = "question"
+    hard: list[str] = field(default_factory=list)
+    direct: CallConfig = field(default_factory=lambda: CallConfig(temperature=0.0, top_p=1.0))
     reasoned: list[str] = field(default_factory=lambda: ["charts"])
     plain: list[str] = field(default_factory=lambda: ["reading", "shapes"])
     per_shard: int = 64
@@ -67,11 +97,53 @@ class QuestionsSection(QuestionsConfig):
             UserError: A set does not exist, or a size is not possible.
         """
         super().validate()
-        for name in (*self.reasoned, *self.plain):
-            if name not in SETS:
-                raise UserError(f"questions: no set {name!r}; use {', '.join(SETS)}")
+        for mapping in (*self.mappings, *self.held_out_mappings):
+            mapping.validate("questions")
+        read = [mapping.name for mapping in self.mappings]
+        if twice := {name for name in read if read.count(name) > 1}:
+            raise UserError(f"questions.sets: two sets are named {min(twice)}; rename one")
+        for key, names, known in (
+            ("reasoned", self.reasoned, [*SETS, *read]),
+            ("plain", self.plain, [*SETS, *read]),
+            ("take", self.take, read),
+            ("hard", self.hard, [*SETS, *read]),
+        ):
+            for name in names:
+                if name not in known:
+                    told = f"use {', '.join(known)}" if known else "give questions.sets"
+                    raise UserError(f"questions.{key}: no set {name!r}; {told}")
+        for name, sizes in self.take.items():
+            if min(vars(sizes).values()) < 0:
+                raise UserError(f"questions.take.{name}: give 0 or more")
+        if self.duplicates not in DUPLICATES:
+            raise UserError(
+                f"questions.duplicates is {self.duplicates!r}: use {', '.join(DUPLICATES)}"
+            )
+        self.direct.validate("questions.direct")
         if self.per_shard < 1:
             raise UserError(f"questions.per_shard is {self.per_shard}; give 1 or more")
+
+    @property
+    def place(self) -> Place:
+        """Where sets that are read are found."""
+        return Place(Path(self.folder), self.network)
+
+    def asked(self, split: str) -> dict[str, int]:
+        """How many questions of each set a split has, about: before any are dropped."""
+        asked = {name: int(getattr(getattr(self, name), split)) for name in SETS}
+        for mapping in self.mappings:
+            most = self.most(mapping, split)
+            if most is None:
+                most = count_questions(mapping, split, self.place)
+            asked[mapping.name] = most
+        return asked
+
+    def most(self, mapping: SetConfig, split: str) -> int | None:
+        """The most questions of a set that is read; None for all of them."""
+        if split not in mapping.splits:
+            return 0
+        sizes = self.take.get(mapping.name)
+        return None if sizes is None else int(getattr(sizes, split))
 
 
 @dataclass
@@ -85,11 +157,14 @@ class ModelConfig:
             the embedded one, or a folder of one's own. Empty: ``tiny`` for the embedded model
             and what was trained from it, ``default`` otherwise.
         digest: Filled in when a run starts; a stage is known by it, wherever the folder lies.
+        engine: How this model is run, where it differs from ``engine``: behind a server that
+            runs already, say. Nothing is taken over from there.
     """
 
     path: str = unhashed("")
     prompts: str = ""
     digest: str = ""
+    engine: EngineConfig | None = unhashed(None)
 
 
 @dataclass
@@ -110,6 +185,16 @@ class ModelsConfig:
     generator: ModelConfig = field(default_factory=ModelConfig)
     judge: ModelConfig = field(default_factory=ModelConfig)
     scorer: ModelConfig = field(default_factory=ModelConfig)
+
+    def validate(self) -> None:
+        """Checks how they are run.
+
+        Raises:
+            UserError: One of them cannot be.
+        """
+        for role, model in vars(self).items():
+            if model.engine is not None:
+                model.engine.validate(f"models.{role}.engine")
 
 
 @dataclass
@@ -154,6 +239,7 @@ class RoundsConfig:
             the SFT model of its own. 0: it reuses the paths of round 1, with caps on pairs
             widened by the number of rounds, until it has as many pairs as all rounds together;
             this costs no generation, but its pairs share questions and winners more often.
+        early_stop: When to leave the rest of the rounds out.
     """
 
     count: int = 3
@@ -164,6 +250,7 @@ class RoundsConfig:
     reference: str = "previous"
     log_probabilities: ReferenceConfig = field(default_factory=ReferenceConfig)
     single_paths: int = 0
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
 
     def validate(self) -> None:
         """Checks the values.
@@ -291,6 +378,7 @@ def checked(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
     """
     # An empty value is none in YAML; for what names a model, empty means something.
     config = load(ChainConfig, path, [_TEXT.sub(r"\1=''", o) for o in overrides])
+    _load_sets(config.questions, path.parent)
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} is {value}: give a finite number")
@@ -311,6 +399,20 @@ def resolve(config: ChainConfig) -> None:
         raise UserError("models.base.path: give a model folder, or tiny")
     for role in ("base", "generator", "judge", "scorer"):
         _resolve(role, getattr(config.models, role), base)
+    asked = config.questions
+    if asked.mappings or asked.held_out_mappings:
+        asked.folder = str(Path(asked.folder).expanduser().absolute())
+    for mapping in (*asked.mappings, *asked.held_out_mappings):
+        for name, split in mapping.splits.items():
+            if asked.most(mapping, name) != 0 or name != "train":
+                split.digest = fingerprint(mapping, name, asked.place)
+    for mapping in asked.mappings:
+        for name in mapping.splits:
+            if asked.most(mapping, name) is None and not files(mapping, name, asked.place):
+                raise UserError(
+                    f"questions.take: give the sizes of {mapping.name}; what the hub holds of it "
+                    "is not known before"
+                )
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -336,7 +438,25 @@ def folders(config: ChainConfig) -> list[Path]:
         for model in (models.base, models.generator, models.judge, models.scorer)
         for name in (model.path, model.prompts)
     ]
+    asked = config.questions
+    named += [str(asked.place.of(m)) for m in (*asked.mappings, *asked.held_out_mappings)]
     return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
+
+
+def _load_sets(asked: QuestionsSection, beside: Path) -> None:
+    """Reads the files of sets; from then on they stand in the configuration itself.
+
+    Raises:
+        UserError: A file is missing or wrong.
+    """
+    for names, mappings in (
+        (asked.sets, asked.mappings),
+        (asked.held_out, asked.held_out_mappings),
+    ):
+        for name in names:
+            given = Path(name).expanduser()
+            mappings.append(load_set(beside / given if (beside / given).is_file() else given))
+        names.clear()
 
 
 def _validate(config: ChainConfig) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 from rich.tree import Tree
@@ -20,6 +21,7 @@ from hpc.errors import UserError
 from hpc.rundir import RunDir
 from hpc.shards import read_entries, shard_path, sidecars
 from hpc.stages import Row, Stage
+from insightv.evaluation.stopping import CHOICE
 
 _CONTROL = re.compile(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _KEY = re.compile(
@@ -286,7 +288,7 @@ class _Teller:
     def _models(self, branch: Tree, stage: str) -> None:
         """The models trained on a stage's rows, and what each was used for."""
         for name in self._trained_on(stage):
-            made = self.run.read_manifest(name) is not None
+            manifest = self.run.read_manifest(name)
             for output in self.stages[name].outputs:
                 users = [
                     other.name
@@ -294,8 +296,18 @@ class _Teller:
                     if name in other.after and other.name != "results"
                 ]
                 used = f", used by {', '.join(users)}" if users else ""
-                state = "" if made else " (not made yet)"
-                branch.add(_line("→ ", (output, "magenta"), f"{state} by {name}{used}"))
+                leaf = branch.add(
+                    _line("→ ", (output, "magenta"), f"{_state(manifest)} by {name}{used}")
+                )
+                self._chosen(leaf, output)
+
+    def _chosen(self, branch: Tree, model: str) -> None:
+        """Where rounds may stop early: whether this is the model they ended in, and why."""
+        choice = (self.run.read_manifest(CHOICE) or {}).get("counts") or {}
+        if choice.get("from") == model and CHOICE in self.stages:
+            for target in self.stages[CHOICE].outputs:
+                told = f" by {CHOICE}: {choice['said']}"
+                branch.add(_line("→ ", (target, "magenta"), told))
 
     def _trained_on(self, stage: str) -> list[str]:
         """Stages that make a model from this one's rows, directly or through other rows."""
@@ -320,6 +332,14 @@ class _Teller:
         totals = [score["total"] for _, score in self._scores(path)[:1]]
         words += [_line(f" {total}/100") for total in totals if total is not None]
         return Text().join(words)
+
+
+def _state(manifest: Mapping[str, Any] | None) -> str:
+    """What there is to say of a stage beside that it makes a model."""
+    if manifest is None:
+        return " (not made yet)"
+    skipped = manifest.get("skipped")
+    return f" (not made: {skipped['reason']})" if skipped else ""
 
 
 def _right(row: Row) -> Text:

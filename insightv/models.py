@@ -32,6 +32,8 @@ _TOWERS = ("vision_tower", "visual", "vision_model")
 _PROJECTORS = ("merger", "deepstack_merger_list")
 _PACKABLE = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 """Families whose language model is plainly causal, and for which packing is tested."""
+_CONTEXT = 4096
+"""For models whose configuration does not tell their longest input."""
 
 
 def _do_without_video() -> None:
@@ -238,6 +240,22 @@ def _digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
     return total.hexdigest()[:16]
 
 
+def longest_input(model: Any) -> int:
+    """The longest input that a model, or a model folder, was made for, in tokens.
+
+    Raises:
+        UserError: The folder's configuration cannot be read.
+    """
+    if isinstance(model, str | Path):
+        try:
+            config = AutoConfig.from_pretrained(Path(model), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{model}/config.json cannot be read: {_one_line(error)}") from None
+    else:
+        config = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or _CONTEXT
+
+
 def pick_device(device: str) -> str:
     """``auto`` made concrete; other names are checked.
 
@@ -255,6 +273,21 @@ def pick_device(device: str) -> str:
     return device
 
 
+def load_renderer(folder: str | Path) -> Any:
+    """What turns chats into tokens, without the weights: a processor, or a text tokenizer.
+
+    Raises:
+        UserError: The folder has neither, or no chat template.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(Path(folder), **_LOCAL)
+    except _UNLOADABLE as error:
+        raise UserError(f"model folder {folder} has no tokenizer: {_one_line(error)}") from None
+    if not processor.chat_template:
+        raise UserError(f"model folder {folder} has no chat template: add a chat_template.jinja")
+    return processor
+
+
 def render(processor: Any, messages: Sequence[Message], pictures: int) -> str:
     """A chat as the text its model reads, by the processor's own template.
 
@@ -262,43 +295,82 @@ def render(processor: Any, messages: Sequence[Message], pictures: int) -> str:
     ends with an assistant turn stays open at exactly that turn's last character.
 
     Args:
-        processor: Of a loaded model.
+        processor: Of a loaded model, or a text model's tokenizer.
         messages: The turns.
         pictures: How many picture placeholders the first user turn begins with.
     """
     turns: list[dict[str, Any]] = [
-        {"role": m.role, "content": _parts(processor, m.text)} for m in messages
+        {"role": m.role, "content": _content(processor, plain(processor, m.text))} for m in messages
     ]
-    first = next(turn for turn in turns if turn["role"] == "user")
-    first["content"] = [{"type": "image"}] * pictures + first["content"]
+    if pictures:
+        first = next(turn for turn in turns if turn["role"] == "user")
+        first["content"] = [{"type": "image"}] * pictures + first["content"]
     last = messages[-1]
     # Templates differ in whether they trim a turn; the end of an open one is put on by hand.
-    open_text = _plain(processor, last.text) if last.role == "assistant" else ""
+    open_text = plain(processor, last.text) if last.role == "assistant" else ""
     kept = open_text.rstrip()
     if kept:
-        turns[-1]["content"] = [{"type": "text", "text": kept}]
-        text = processor.apply_chat_template(turns, continue_final_message=True)
+        turns[-1]["content"] = _content(processor, kept)
+        text = processor.apply_chat_template(turns, continue_final_message=True, tokenize=False)
         text = text[: text.rindex(kept) + len(kept)]
     else:
         closed = turns[:-1] if last.role == "assistant" else turns
-        text = processor.apply_chat_template(closed, add_generation_prompt=True)
+        text = processor.apply_chat_template(closed, add_generation_prompt=True, tokenize=False)
     return text + open_text[len(kept) :]
 
 
-def _parts(processor: Any, text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": _plain(processor, text)}]
+def prompt(processor: Any, messages: Sequence[Message], pictures: int) -> str:
+    """Like ``render``.
+
+    Raises:
+        RecordError: The template refuses the chat.
+    """
+    try:
+        return render(processor, messages, pictures)
+    except Exception as error:  # templates raise what they like, jinja errors among it
+        raise RecordError(f"the chat template refuses the chat: {_one_line(error)}") from None
 
 
-def _plain(processor: Any, text: str) -> str:
+def tokens(processor: Any, text: str) -> list[int]:
+    """A rendered chat's tokens, one for each picture's placeholder."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    bos = tokenizer.bos_token
+    whole = bool(bos) and text.startswith(bos)
+    ids: list[int] = tokenizer(text, add_special_tokens=not whole)["input_ids"]
+    return ids
+
+
+def _content(processor: Any, text: str) -> list[dict[str, str]] | str:
+    """A turn as templates want it: in parts, or, of models that read text alone, as it is."""
+    return [{"type": "text", "text": text}] if isinstance(processor, ProcessorMixin) else text
+
+
+def plain(processor: Any, text: str) -> str:
     """Text in which no control token can be read: ``<image>`` becomes ``< image>``.
 
     Questions and model output are data; a picture placeholder or an end of turn in them
     would otherwise change the chat's structure.
     """
-    for token in {processor.image_token, *processor.tokenizer.all_special_tokens}:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for token in {*tokenizer.all_special_tokens, getattr(processor, "image_token", "")}:
         if len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
+
+
+def picture_tokens(processor: Any, image: Image.Image) -> int:
+    """How many tokens a picture is, by its size where the processor can tell.
+
+    Raises:
+        RecordError: The processor refuses the picture.
+    """
+    tell = getattr(processor, "_get_num_multimodal_tokens", None)
+    if tell is not None:
+        try:
+            return int(tell(image_sizes=[(image.height, image.width)])["num_image_tokens"][0])
+        except (ValueError, ZeroDivisionError, IndexError, TypeError, AttributeError):
+            pass  # the picture is refused below, in words
+    return len(encode_picture(processor, image).ids)
 
 
 def encode_picture(processor: Any, image: Image.Image) -> EncodedPicture:
@@ -335,23 +407,17 @@ def encode(
     encoded = tuple(
         p if isinstance(p, EncodedPicture) else encode_picture(processor, p) for p in pictures
     )
-    try:
-        text = render(processor, messages, len(encoded))
-    except Exception as error:  # templates raise what they like, jinja errors among it
-        raise RecordError(f"the chat template refuses the chat: {_one_line(error)}") from None
     tokenizer = processor.tokenizer
-    bos = tokenizer.bos_token
-    whole = bool(bos) and text.startswith(bos)
-    plain = tokenizer(text, add_special_tokens=not whole)["input_ids"]
+    unexpanded = tokens(processor, prompt(processor, messages, len(encoded)))
     placeholder = tokenizer.convert_tokens_to_ids(processor.image_token)
-    if plain.count(placeholder) != len(encoded):
-        found = plain.count(placeholder)
+    if unexpanded.count(placeholder) != len(encoded):
+        found = unexpanded.count(placeholder)
         raise RecordError(f"the chat template shows {found} of {len(encoded)} pictures")
     names = dict.fromkeys(name for picture in encoded for name in picture.marks)
     ids: list[int] = []
     marks: dict[str, list[int]] = {name: [] for name in names}
     rest = iter(encoded)
-    for token in plain:
+    for token in unexpanded:
         if token == placeholder:
             picture = next(rest)
             ids += picture.ids

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from insightv.records import Question, TrainingSample, seed_for
 if TYPE_CHECKING:
     from insightv.assessment.judge import Judge
     from insightv.curation import Groups, PairConfig, PlainQuestions
-    from insightv.engines import Engine
+    from insightv.engines import Engine, EngineConfig
     from insightv.evaluation.answering import EntryConfig
     from insightv.generation import GenerationConfig
     from insightv.training.config import DPOConfig, SFTConfig
@@ -47,12 +47,14 @@ class Source:
         prompts: The set it is spoken to with.
         stage: The stage that makes it; empty for configured ones.
         digest: Of a configured one.
+        engine_config: How it is run, if not like the others.
     """
 
     path: str
     prompts: str
     stage: str = ""
     digest: str = ""
+    engine_config: EngineConfig | None = field(default=None, compare=False)
 
     @property
     def shape(self) -> dict[str, str]:
@@ -74,11 +76,23 @@ class Source:
         """Where it is."""
         return run / self.path if self.stage else model_folder(self.path)
 
-    def engine(self, config: ChainConfig, run: Path) -> Engine:
-        """The model, loaded, with every picture of the run."""
+    def engine(self, config: ChainConfig, context: Context, among: int = 1) -> Engine:
+        """The model, loaded, with every picture of the run.
+
+        Args:
+            config: The chain's.
+            context: The stage's.
+            among: How many engines the stage runs at once.
+        """
         from insightv.engines import load_engine
 
-        return load_engine(self.folder(run), config.engine, pictures(run))
+        return load_engine(
+            self.folder(context.run),
+            self.engine_config or config.engine,
+            pictures(context.run),
+            context.directory / "logs",
+            1 / among,
+        )
 
 
 def pictures(run: Path) -> Pictures:
@@ -94,38 +108,47 @@ def questions(config: ChainConfig, split: str) -> Run:
 
     def run(context: Context) -> Counts:
         from insightv.demo.sets import make_questions
+        from insightv.questions.making import make_read, told_of
 
         counts: Counter[str] = Counter()
 
         def groups(writer: PictureWriter) -> Iterator[tuple[str, list[Row]]]:
-            total = sum(
-                getattr(getattr(config.questions, name), split)
-                for name in ("charts", "reading", "shapes")
-            )
-            for question in make_questions(split, config.questions, config.seed, writer):
+            total = sum(config.questions.asked(split).values())
+            drawn = make_questions(split, config.questions, config.seed, writer)
+            read = make_read(config, split, context.directory, writer, counts)
+            for done, question in enumerate(chain(drawn, read), 1):
                 counts[question.benchmark] += 1
-                context.progress(counts.total(), total)
+                context.progress(done, max(total, done))
                 yield question.key, [question.to_json()]
 
         with PictureWriter(context.directory / "pictures") as writer:
             shards = context.directory / "shards"
-            write_groups(shards, groups(writer), config.questions.per_shard)
-        if not counts:
-            raise UserError(f"questions: the sizes of the {split} split are all 0; give some")
+            made = write_groups(shards, groups(writer), config.questions.per_shard)
+        if not made:
+            told = f" ({told_of(counts)})" if counts else ""
+            raise UserError(f"questions: the {split} split has none{told}; give sizes or mend sets")
         return dict(counts)
 
     return run
 
 
 class _Only:
-    """Passes the questions of some sets on to a mapper; the others give no rows."""
+    """Passes some questions on to a mapper: of some sets, and hard ones; others give no rows.
 
-    def __init__(self, mapper: Mapper, names: Sequence[str]):
-        self.mapper, self.names = mapper, tuple(names)
+    Hard are those whose direct answer was judged wrong; one that nobody could judge is not,
+    since nobody could judge its paths either.
+    """
+
+    def __init__(self, mapper: Mapper, names: Sequence[str], hard: Sequence[str] = ()):
+        self.mapper, self.names, self.hard = mapper, tuple(names), tuple(hard)
         self.concurrency = mapper.concurrency
 
     async def __call__(self, key: str, inputs: Mapping[str, list[Row]]) -> list[Row]:
-        return await self.mapper(key, inputs) if key.split(":", 1)[0] in self.names else []
+        name = key.split(":", 1)[0]
+        direct = inputs.get("direct", [])
+        if name in self.hard and not any(row["correct"] is False for row in direct):
+            return []
+        return await self.mapper(key, inputs) if name in self.names else []
 
     async def close(self) -> None:
         await self.mapper.close()
@@ -155,15 +178,22 @@ def generate(
         from insightv.agents import FinalAgent, SummaryAgent
         from insightv.generation import Generate
 
-        engine, agent = source.engine(config, context.run), None
+        among = 1 if answerer is None else 2
+        engine, agent = source.engine(config, context, among), None
         if answerer is not None:
-            other = answerer.engine(config, context.run)
+            other = answerer.engine(config, context, among)
             drawn = sampling.answer.sampling()
             agent = (SummaryAgent if judging else FinalAgent)(other, answerer.texts, drawn)
         mapper = Generate(sampling, engine, source.texts, config.seed, number, agent)
-        return _Only(mapper, config.questions.reasoned)
+        return _Only(mapper, config.questions.reasoned, config.questions.hard)
 
     return load
+
+
+def direct(config: ChainConfig, entry: EntryConfig, source: Source, referee: Source | None) -> Load:
+    """Questions of sets of which only the hard ones count → the generator's direct answers."""
+    answers = answer(config, entry, source, None, referee)
+    return lambda context: _Only(answers(context), config.questions.hard)
 
 
 def score(config: ChainConfig, source: Source) -> Load:
@@ -172,7 +202,7 @@ def score(config: ChainConfig, source: Source) -> Load:
     def load(context: Context) -> Mapper:
         from insightv.assessment.scoring import Score
 
-        engine = source.engine(config, context.run)
+        engine = source.engine(config, context)
         return Score(engine, source.texts, config.score, config.seed)
 
     return load
@@ -182,17 +212,18 @@ def judge(config: ChainConfig, source: Source | None) -> Load:
     """Paths → verdicts; without a model the rules alone decide."""
 
     def load(context: Context) -> Mapper:
-        return _judge(config, source, context.run)
+        return _judge(config, source, context)
 
     return load
 
 
-def _judge(config: ChainConfig, source: Source | None, run: Path) -> Judge:
+def _judge(config: ChainConfig, source: Source | None, context: Context, among: int = 1) -> Judge:
     from insightv.assessment.judge import Judge
 
     if source is None:
         return Judge(None, load_prompts("default"), config.judge, config.seed)
-    return Judge(source.engine(config, run), source.texts, config.judge, config.seed)
+    engine = source.engine(config, context, among)
+    return Judge(engine, source.texts, config.judge, config.seed)
 
 
 # ---- sets
@@ -334,10 +365,9 @@ def answer(
         from insightv.evaluation.answering import Answer, donate
 
         texts = (reasoner or summariser or Source("", "default")).texts
-        engines: dict[Source, Engine] = {}
-        for source in (reasoner, summariser):
-            if source is not None and source not in engines:
-                engines[source] = source.engine(config, context.run)
+        agents = dict.fromkeys(source for source in (reasoner, summariser) if source is not None)
+        among = len(agents) + (referee is not None)
+        engines = {source: source.engine(config, context, among) for source in agents}
         donors = None
         if entry.mode == "judge_card":
             folders = context.shards("questions"), context.shards("predictions")
@@ -345,7 +375,7 @@ def answer(
         return Answer(
             entry,
             texts,
-            _judge(config, referee, context.run),
+            _judge(config, referee, context, among),
             engines[reasoner] if reasoner else None,
             engines[summariser] if summariser else None,
             config.seed,
@@ -353,6 +383,41 @@ def answer(
         )
 
     return load
+
+
+def validate(
+    config: ChainConfig,
+    entry: EntryConfig,
+    reasoner: Source,
+    summariser: Source,
+    referee: Source | None,
+) -> Load:
+    """Validation questions of the reasoned sets → a round's predictions."""
+    ask = answer(config, entry, reasoner, summariser, referee)
+    return lambda context: _Only(ask(context), config.questions.reasoned)
+
+
+def decide(config: ChainConfig, number: int) -> Run:
+    """Decides whether rounds go on after this one."""
+
+    def run(context: Context) -> Counts:
+        from insightv.evaluation.stopping import decide
+
+        rounds, seed = config.rounds, config.evaluation.resamples_seed
+        return decide(context.run, number, rounds.count, rounds.early_stop, seed)
+
+    return run
+
+
+def choose(config: ChainConfig, target: str) -> Run:
+    """Takes over the best round's model."""
+
+    def run(context: Context) -> Counts:
+        from insightv.evaluation.stopping import choose
+
+        return choose(context.run, config.rounds.count, target)
+
+    return run
 
 
 def results(config: ChainConfig) -> Run:

@@ -18,7 +18,9 @@ from hpc.forecasting import Forecast, Measured, extrapolate, measure, path_of
 from hpc.retention import size
 from hpc.rundir import Chain, RunDir
 from insightv.chain import ENTRIES
-from insightv.config import SETS, ChainConfig, model_folder
+from insightv.config import MOST_ROUNDS, SETS, ChainConfig, model_folder
+from insightv.demo.sets import Sizes
+from insightv.evaluation.stopping import CHOICE
 
 _SPLITS = ("train", "validation", "test")
 _SHARDS = 8  # enough to see how much they differ
@@ -39,12 +41,16 @@ def small(config: ChainConfig, share: float, floor: int) -> ChainConfig:
     if not 0 < share <= 1 or floor < 0:
         raise UserError(f"share {share:g}, floor {floor}: give a share up to 1 and 0 or more")
     made = copy.deepcopy(config)
-    for name in SETS:
-        sizes = getattr(made.questions, name)
-        for split in _SPLITS:
-            whole = getattr(sizes, split)
+    for split in _SPLITS:
+        for name, whole in config.questions.asked(split).items():
+            if name in SETS:
+                sizes = getattr(made.questions, name)
+            else:
+                sizes = made.questions.take.setdefault(name, Sizes())
             setattr(sizes, split, min(whole, max(math.ceil(whole * share), floor)))
     total = _questions(made, "train")
+    # A forecast is of all rounds; and so few questions decide nothing.
+    made.rounds.early_stop.patience = MOST_ROUNDS
     made.questions.per_shard = max(min(config.questions.per_shard, -(-total // _SHARDS)), 1)
     return made
 
@@ -70,6 +76,11 @@ def _units(config: ChainConfig, name: str) -> float:
         return asked * votes
     if first in ("results", "report"):
         return asked
+    if rest == "validate":
+        reasoned = (getattr(config.questions, name) for name in config.questions.reasoned)
+        return sum(sizes.validation for sizes in reasoned)
+    if rest == "decide" or name == CHOICE:
+        return 1.0
     paths = _paths(config, first, rest)
     return _seen(config.rounds.dpo, paths) if rest in ("dpo", "train") else paths
 
@@ -77,7 +88,8 @@ def _units(config: ChainConfig, name: str) -> float:
 def _paths(config: ChainConfig, prefix: str, what: str) -> float:
     """Paths of a round, or behind its pairs."""
     rounds = config.rounds
-    reasoned = sum(getattr(config.questions, name).train for name in config.questions.reasoned)
+    asked = config.questions.asked("train")
+    reasoned = sum(asked[name] for name in config.questions.reasoned)
     if prefix == "r0":
         return reasoned * config.generation.paths
     if prefix == "dpo" and rounds.single_paths:
@@ -87,7 +99,7 @@ def _paths(config: ChainConfig, prefix: str, what: str) -> float:
 
 
 def _questions(config: ChainConfig, split: str) -> int:
-    return sum(getattr(getattr(config.questions, name), split) for name in SETS)
+    return sum(config.questions.asked(split).values())
 
 
 def _seen(training: Any, samples: float) -> float:
@@ -159,6 +171,10 @@ def _alike(name: str, measured: dict[str, Measured]) -> str:
         return _ALIKE[first]
     if first == "questions":
         return "questions-test"
+    if rest == "validate":
+        return _ALIKE["eval"]
+    if rest == "decide" or name == CHOICE:
+        return "results"
     return f"r1-{rest}" if f"r1-{rest}" in measured else "r1-generate"
 
 

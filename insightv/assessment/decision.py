@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 UNDECIDED = "undecided"
 NEGATION = re.compile(r"\b(?:not|never|nor|neither|no|or|either|than|instead|except|unlike|but)\b")
+_FORMULA = re.compile(r"\\[A-Za-z]|[\^=≤≥≠±√∪∩∈∞]|^[\[(][^()\[\]]*,[^()\[\]]*[\])]$")
 FILLER = frozenset(
     re.split(
         r"\s+",
@@ -28,9 +29,9 @@ class Decision:
     Attributes:
         correct: None where nothing could be decided.
         rule: What decided: ``exact``, ``number``, ``choice-letter``, ``choice-text``,
-            ``yes-no``, ``list``, ``label``, ``math-verify``, ``empty``, ``refusal``, ``llm``,
-            ``undecided``; ``no-number`` and ``no-match`` when the answer holds nothing of the
-            kind asked for.
+            ``yes-no``, ``list``, ``label``, ``text``, ``code``, ``date``, ``math-verify``,
+            ``empty``, ``refusal``, ``llm``, ``undecided``; ``no-number``
+            and ``no-match`` when the answer holds nothing of the kind asked for.
         detail: Why, in a few words.
     """
 
@@ -68,7 +69,15 @@ def normal(text: str) -> str:
     return re.sub(r"^(?:(?:the|an?) )+", "", " ".join(text.split()))
 
 
+def is_formula(text: str) -> bool:
+    """Whether signs that ``normal`` drops carry the meaning: relations, powers, intervals."""
+    return _FORMULA.search(text.strip()) is not None
+
+
 def same(left: str, right: str) -> bool:
-    """Equal once normalised; signs alone are compared as they stand."""
+    """Equal once normalised; formulas, and signs alone, are compared as they stand."""
+    if is_formula(left) or is_formula(right):
+        one, two = (re.sub(r"[\s$]", "", unicodedata.normalize("NFKC", t)) for t in (left, right))
+        return one == two
     one, two = normal(left), normal(right)
     return one == two if one or two else left.strip() == right.strip()

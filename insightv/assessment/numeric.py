@@ -5,15 +5,34 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
+from typing import Any
 
-from insightv.assessment.decision import UNDECIDED, Decision, RuleConfig, normal
-from insightv.assessment.quantities import UNITS, Quantity, quantities, tidy
+from insightv.assessment.decision import UNDECIDED, Decision, RuleConfig, is_formula, normal
+from insightv.assessment.quantities import SUPERSCRIPTS, Quantity, quantities, ratio, tidy
 from insightv.records import Question
 
 LATEX_SECONDS = 3
 """Time math-verify has for each of its steps."""
 _SIGN = re.compile(r"=|≈|→|\b(?:therefore|thus|hence|so|equals)\b", re.I)
 _VERB = re.compile(r"\s*(?:is|are|was|were)\b", re.I)
+_RAISED = "".join(map(chr, SUPERSCRIPTS))
+_SIGNS = {
+    "π": "\\pi ",
+    "≤": "\\le ",
+    "≥": "\\ge ",
+    "≠": "\\ne ",
+    "×": "\\times ",
+    "·": "\\cdot ",
+    "∞": "\\infty ",
+    "∪": "\\cup ",
+    "∈": "\\in ",
+    "±": "\\pm ",
+    "−": "-",
+    "°": "^\\circ ",
+}
+_WORDS = re.compile(r"\b[A-Za-z]{2,}\b")
+_NOTHING = re.compile(r"(?:none|nothing|nobody|no one|no|zero|nil)(?: of (?:the )?\w+)?")
+_VAGUE = re.compile(r"\b(?:all|both|each|every|couple|pair|few|several|many|single|once|twice)\b")
 _COPULA = re.compile(
     r"(?:\b(?:is|are|was|were)|\b(?:total|sum|difference|result|value|count|ratio)\b\W{0,4})"
     r"\s*(?:about|only|exactly|just|around)?\s*$",
@@ -29,8 +48,10 @@ def number(question: Question, text: str, config: RuleConfig) -> Decision:
     text = tidy(text)
     found = quantities(text)
     if not found:
-        if re.fullmatch(r"none|nothing|no|zero|nil", normal(text)):
+        if _NOTHING.fullmatch(normal(text)):
             return Decision(truths[0].value == 0, "number")
+        if _VAGUE.search(normal(text)):
+            return Decision(None, UNDECIDED, "an amount without a number")
         if re.search(r"[√π^\\]", text):
             return Decision(None, UNDECIDED, "a formula")
         return Decision(False, "no-number")
@@ -109,12 +130,12 @@ def equal(question: Question, truth: Quantity, given: Quantity, config: RuleConf
 
     value, other = truth.value, given.value
     if truth.unit and given.unit:
-        (kind, factor), (given_kind, given_factor) = UNITS[truth.unit], UNITS[given.unit]
-        if kind != given_kind:
+        factor = ratio(truth.unit, given.unit)
+        if factor is None:
             return None if close(value, other) else False
-        other *= given_factor / factor
+        other *= factor
     asks = question.text.lower()
-    asks_percent = "percent" in asks or "%" in asks
+    asks_percent = ("percent" in asks or "%" in asks) and "percentage point" not in asks
     if close(value, other):
         clash = given.percent and not truth.percent and not asks_percent
         return None if clash else True
@@ -129,7 +150,12 @@ def equal(question: Question, truth: Quantity, given: Quantity, config: RuleConf
             return True
     elif given.scale != truth.scale and _in_units_of(asks, truth.scale):
         return close(value, other * truth.scale)
+    elif any(_in_units_of(asks, s) and close(value * s, other) for s in _WRITTEN_OUT):
+        return None  # "how many millions?" answered with all the digits
     return None if any(close(value, reading) for reading in given.others) else False
+
+
+_WRITTEN_OUT = (1e3, 1e6, 1e9, 1e12)
 
 
 def _in_units_of(asks: str, scale: float) -> bool:
@@ -142,10 +168,11 @@ def latex(question: Question, text: str) -> Decision | None:
     formula = re.compile(r"\\(?:frac|sqrt|pi|left|begin|cdot|times|log|sin|cos|infty)|\^")
     if question.answer_type not in ("number", "text"):
         return None
-    involved = formula.search(question.answer)
-    if not involved and (question.answer_type == "text" or not formula.search(text)):
+    is_text = question.answer_type == "text"
+    involved = is_formula(question.answer) if is_text else formula.search(question.answer)
+    if not involved and (is_text or not formula.search(text)):
         return None
-    strange = re.search(r"\\(?!d?frac|times|cdot|text)|[√π]", text)
+    strange = re.search(r"\\(?!d?frac|times|cdot|text|circ)|[√π]", text)
     if question.answer_type == "number" and not strange and len(quantities(tidy(text))) == 1:
         return None
     try:
@@ -155,10 +182,36 @@ def latex(question: Question, text: str) -> Decision | None:
     if threading.current_thread() is not threading.main_thread():
         # Its time limit is a signal, and without one "10^{10^{10}}" never ends.
         return Decision(None, UNDECIDED, "LaTeX outside the main thread")
-    gold = parse(f"${question.answer}$", parsing_timeout=LATEX_SECONDS)
-    given = parse(f"${text}$", parsing_timeout=LATEX_SECONDS)
+    prose = len(_WORDS.findall(re.sub(r"\\[A-Za-z]+|\$[^$]*\$", " ", text))) > 1
+    answer, text = _in_latex(question.answer.strip("$")), _in_latex(text)
+    gold = parse(f"${answer}$", parsing_timeout=LATEX_SECONDS)
+    given = parse(text if prose else f"${text.strip('$')}$", parsing_timeout=LATEX_SECONDS)
     if verify(gold, given, timeout_seconds=LATEX_SECONDS):
         return Decision(True, "math-verify")
     if any(not parsed or isinstance(parsed[0], str) for parsed in (gold, given)):
         return Decision(None, UNDECIDED, "LaTeX that math-verify cannot parse")
+    if any(q.unit or q.percent for q in quantities(tidy(question.answer))):
+        return Decision(None, UNDECIDED, "LaTeX against a number with a unit")
+    if prose or _kind(gold[0]) != _kind(given[0]):
+        return Decision(None, UNDECIDED, "LaTeX in words, or of another form")
     return Decision(False, "math-verify")
+
+
+def _in_latex(text: str) -> str:
+    """A formula with the signs of Unicode spelt as LaTeX, which is all math-verify reads."""
+    text = re.sub(f"([{_RAISED}]+)", lambda m: "^{" + m[1].translate(SUPERSCRIPTS) + "}", text)
+    text = re.sub(r"√\s*(\d+(?:\.\d+)?|[A-Za-z])|√\s*\(([^()]*)\)", _root, text)
+    return re.sub(f"[{''.join(_SIGNS)}]", lambda m: _SIGNS[m[0]], text)
+
+
+def _root(match: re.Match[str]) -> str:
+    return "\\sqrt{" + (match[1] or match[2]) + "}"
+
+
+def _kind(expression: Any) -> str:
+    """Sets, relations and values: one may say what another does in a form of its own."""
+    if isinstance(expression, (tuple, list)):
+        return "set"
+    if getattr(expression, "is_Relational", False) or getattr(expression, "is_Boolean", False):
+        return "relation"
+    return "set" if hasattr(expression, "contains") else "value"

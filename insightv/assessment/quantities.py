@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Quantity:
 
 UNITS: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("mg", "milligram", "milligrams"), ("mass", 1e-6)),
+    **dict.fromkeys(("oz", "ounce", "ounces"), ("mass", 0.028349523)),
+    **dict.fromkeys(("lb", "lbs"), ("mass", 0.45359237)),
     **dict.fromkeys(("g", "gram", "grams"), ("mass", 1e-3)),
     **dict.fromkeys(("kg", "kilo", "kilos", "kilogram", "kilograms"), ("mass", 1.0)),
     **dict.fromkeys(("t", "ton", "tons", "tonne", "tonnes"), ("mass", 1e3)),
@@ -45,12 +47,31 @@ UNITS: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetres"), ("length", 1e-2)),
     **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), ("length", 1.0)),
     **dict.fromkeys(("km", "kilometer", "kilometers", "kilometres"), ("length", 1e3)),
+    **dict.fromkeys(("inch", "inches"), ("length", 0.0254)),
+    **dict.fromkeys(("ft", "foot", "feet"), ("length", 0.3048)),
+    **dict.fromkeys(("mi", "mile", "miles"), ("length", 1609.344)),
+    **dict.fromkeys(("mm^2", "square millimeters", "square millimetres"), ("area", 1e-6)),
+    **dict.fromkeys(("cm^2", "square centimeters", "square centimetres"), ("area", 1e-4)),
+    **dict.fromkeys(("m^2", "square meters", "square metres"), ("area", 1.0)),
+    **dict.fromkeys(("km^2", "square kilometers", "square kilometres"), ("area", 1e6)),
+    **dict.fromkeys(("ml", "milliliter", "milliliters", "millilitres", "cm^3"), ("volume", 1e-6)),
+    **dict.fromkeys(("l", "liter", "liters", "litre", "litres"), ("volume", 1e-3)),
+    **dict.fromkeys(("m^3", "cubic meters", "cubic metres"), ("volume", 1.0)),
+    **dict.fromkeys(("m/s", "meters per second", "metres per second"), ("speed", 1.0)),
+    "km/s": ("speed", 1e3),
+    **dict.fromkeys(("km/h", "kph"), ("speed", 1 / 3.6)),
+    "mph": ("speed", 0.44704),
+    **dict.fromkeys(("°", "deg", "degree", "degrees"), ("angle", 1.0)),
+    **dict.fromkeys(("rad", "radian", "radians"), ("angle", 180 / math.pi)),
     **dict.fromkeys(("ms", "millisecond", "milliseconds"), ("time", 1e-3)),
     **dict.fromkeys(("s", "sec", "second", "seconds"), ("time", 1.0)),
     **dict.fromkeys(("min", "mins", "minute", "minutes"), ("time", 60.0)),
     **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), ("time", 3600.0)),
-    **dict.fromkeys(("°c", "celsius"), ("celsius", 1.0)),
-    **dict.fromkeys(("°f", "fahrenheit"), ("fahrenheit", 1.0)),
+    **dict.fromkeys(("day", "days"), ("time", 86400.0)),
+    **dict.fromkeys(("week", "weeks"), ("time", 604800.0)),
+    **dict.fromkeys(("°c", "celsius", "degrees celsius"), ("celsius", 1.0)),
+    **dict.fromkeys(("°f", "fahrenheit", "degrees fahrenheit"), ("fahrenheit", 1.0)),
+    **dict.fromkeys(("cent", "cents"), ("cent", 1.0)),
     **dict.fromkeys(("$", "usd", "dollar", "dollars"), ("dollar", 1.0)),
     **dict.fromkeys(("€", "eur", "euro", "euros"), ("euro", 1.0)),
     **dict.fromkeys(("£", "gbp"), ("pound sterling", 1.0)),
@@ -80,10 +101,19 @@ _PARTS = {
     **dict.fromkeys(("third", "thirds"), 3),
     **dict.fromkeys(("quarter", "quarters", "fourths"), 4),
     **dict.fromkeys(("fifth", "fifths"), 5),
+    **dict.fromkeys(("sixth", "sixths"), 6),
+    **dict.fromkeys(("seventh", "sevenths"), 7),
+    **dict.fromkeys(("eighth", "eighths"), 8),
+    **dict.fromkeys(("ninth", "ninths"), 9),
     **dict.fromkeys(("tenth", "tenths"), 10),
+    **dict.fromkeys(("hundredth", "hundredths"), 100),
 }
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_NAMED = sorted((unit for unit in UNITS if unit[0].isalpha()), key=len, reverse=True)
+_UNIT = "|".join(map(re.escape, _NAMED))
+_SPELT = "|".join(unit for unit in _NAMED if unit.isalpha() and len(unit) > 2)
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+"""Raised digits and what they are on the line."""
 _CORE = (
     r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])"  # 1,234.5
     r"|\d{1,3}(?:\.\d{3})+,\d+(?!\d)"  # 1.234,5
@@ -102,8 +132,7 @@ _FIGURE = re.compile(
     r"(?P<scale>\s?[kKMBT]\b|(?:bn|mn|tn)\b"
     r"|[\s-]?(?:thousand|million|billion|trillion)s?\b|\s?(?:mio|bn|mn|hundred|dozens?)\b)?"
     r"(?:\s?(?P<percent>%|(?:percent|per\scent|pct)\b))?"
-    rf"(?:[\s-]?(?P<unit>(?:(?i:{'|'.join(sorted(filter(str.isalpha, UNITS), key=len)[::-1])})"
-    r"(?![A-Za-z])|°[CF]|[$€£¥])))?"
+    rf"(?:[\s-]?(?P<unit>(?:(?i:{_UNIT})(?![A-Za-z/^])|°\s?[CF]\b|[°$€£¥])))?"
 )
 _WORD = re.compile(r"[a-z]+")
 _NEGATED = re.compile(
@@ -114,6 +143,10 @@ _BOUND = re.compile(
     r"|\b(?:over|under|above|below|between|up to)|[<>≥≤]=?|\bbetween [^ ]+ and)\s*$"
 )
 _RANGE_AFTER = re.compile(r"\s?(?:[-–—]|\bto\b)\s?\d|\s?[<>≥≤]")
+_WORD_UNIT = re.compile(rf"[\s-](?:of )?(?:an? )?(?P<unit>{_SPELT})\b", re.I)
+_AND_A_HALF = re.compile(rf"\b(?:an?|one) (?P<unit>{_SPELT}) and a half\b", re.I)
+_MINUS = re.compile(r"\b(?:minus|negative)\s$")
+_BELOW_ZERO = re.compile(r"(?:\s?degrees?|\s?[CF]\b|\s?celsius)*\s?below (?:zero|0|freezing)", re.I)
 _RANGE_BEFORE = re.compile(r"\d\s?(?:[-–—]|\bto\b)\s?$")
 
 
@@ -121,9 +154,10 @@ def tidy(text: str) -> str:
     """Unifies spellings of the same sign: spaces, minus signs, fractions, light LaTeX."""
     text = re.sub(r"\\d?frac\s*\{(-?[\d.]+)\}\s*\{([\d.]+)\}", r" \1/\2", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\(?:times|cdot)\b", "×", text)
+    text = re.sub(r"\\(?:times|cdot)\b|(?<=\d)\s?[·⋅]\s?(?=10)", "×", text)
+    text = re.sub(r"\^?\s*\{?\\circ\b\}?|º", "°", text)
     text = re.sub(r"\\([%$,;! ])", lambda m: m[1] if m[1] in "%$" else " ", text)
-    text = re.sub(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda m: "^" + m[1].translate(_SUPERSCRIPTS), text)
+    text = re.sub(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda m: "^" + m[1].translate(SUPERSCRIPTS), text)
     text = re.sub(r"(?<=\d)(?=[½⅓⅔¼¾⅕⅖⅗⅘⅛])", " ", text)
     text = unicodedata.normalize("NFKC", text)
     text = text.replace("⁄", "/").replace("−", "-").replace("’", "'")
@@ -136,8 +170,47 @@ def quantities(text: str) -> list[Quantity]:
     Args:
         text: As ``tidy`` returns it.
     """
-    found = [*_figures(text), *_words(text)]
-    return sorted(found, key=lambda quantity: quantity.start)
+    halves = [
+        Quantity(1.5, match.start(), match.end(), unit=match["unit"].lower())
+        for match in _AND_A_HALF.finditer(text)
+    ]
+    covered = [range(half.start, half.end) for half in halves]
+    single = [q for q in (*_figures(text), *_words(text)) if not any(q.start in c for c in covered)]
+    return _compounds(text, sorted(halves + single, key=lambda quantity: quantity.start))
+
+
+def ratio(unit: str, other: str) -> float | None:
+    """What a number in ``other`` is multiplied with to be in ``unit``; None for unlike units."""
+    (kind, factor), (other_kind, other_factor) = UNITS[unit], UNITS[other]
+    if kind == other_kind:
+        return other_factor / factor
+    kinds = {kind, other_kind}
+    if "cent" in kinds and kinds & {"dollar", "euro"}:
+        return 0.01 if other_kind == "cent" else 100.0
+    if "angle" in kinds and kinds & {"celsius", "fahrenheit"} and factor == other_factor:
+        return 1.0  # "4 degrees"
+    return None
+
+
+def _compounds(text: str, found: list[Quantity]) -> list[Quantity]:
+    """Joins ``1 h 30 min`` and ``twelve dollars and fifty cents`` into one quantity each."""
+    joined: list[Quantity] = []
+    for quantity in found:
+        first = joined[-1] if joined else None
+        if first and first.unit and quantity.unit:
+            factor = ratio(first.unit, quantity.unit)
+            between = text[first.end : quantity.start]
+            if (
+                factor is not None
+                and factor < 1
+                and 0 <= quantity.value * factor < 1
+                and re.fullmatch(r"[\s,]*(?:and\s)?", between)
+            ):
+                value = first.value + math.copysign(quantity.value * factor, first.value)
+                joined[-1] = replace(first, value=value, end=quantity.end)
+                continue
+        joined.append(quantity)
+    return joined
 
 
 def _figures(text: str) -> Iterator[Quantity]:
@@ -156,6 +229,7 @@ def _figures(text: str) -> Iterator[Quantity]:
             continue
         sign = -1 if (match["sign"] or "").strip() in ("-", "minus", "negative") else 1
         unit, end = _unit(match)
+        sign = -1 if _BELOW_ZERO.match(text, end) else sign
         negated, bound = _context(text, match.start(), end)
         yield Quantity(
             sign * value,
@@ -215,7 +289,7 @@ def _unit(match: re.Match[str]) -> tuple[str, int]:
     currency = match["before"] or match["after"]
     if currency:
         return currency.strip(), match.end("percent") if match["percent"] else _number_end(match)
-    word = (match["unit"] or "").lower()
+    word = (match["unit"] or "").lower().replace("° ", "°")
     if word in UNITS:
         return word, match.end()
     return "", _number_end(match)
@@ -249,9 +323,20 @@ def _words(text: str) -> Iterator[Quantity]:
             continue
         percent = re.compile(r"\s?(%|percent\b|per cent\b)").match(text, last.end())
         end = percent.end() if percent else last.end()
-        negated, bound = _context(text, first.start(), last.end())
-        has_percent = percent is not None
-        yield Quantity(value, first.start(), end, has_percent, negated=negated, bound=bound)
+        unit = None if percent else _WORD_UNIT.match(text, last.end())
+        end = unit.end() if unit else end
+        if _MINUS.search(text[: first.start()].lower()) or _BELOW_ZERO.match(text, end):
+            value = -value
+        negated, bound = _context(text, first.start(), end)
+        yield Quantity(
+            value,
+            first.start(),
+            end,
+            percent=percent is not None,
+            unit=unit["unit"].lower() if unit else "",
+            negated=negated,
+            bound=bound,
+        )
 
 
 def _stands_alone(text: str, word: re.Match[str]) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 from insightv.assessment.choices import choice, yes_no
+from insightv.assessment.dates import moment
 from insightv.assessment.decision import UNDECIDED, Decision, RuleConfig, normal, same
 from insightv.assessment.numeric import latex, number
 from insightv.assessment.wording import label, listing, text_answer
@@ -68,6 +69,10 @@ def decide(question: Question, answer: str, config: RuleConfig = _DEFAULT) -> De
     formula = latex(question, text)
     if formula is not None:
         return formula
+    if question.answer_type in ("label", "text"):
+        day = moment(question.answer, text)
+        if day is not None:
+            return day
     rule = _RULES[question.answer_type]
     decisions = [rule(question, part, config) for part in _conclusions(text)]
     if len({decision.correct for decision in decisions}) == 1:

@@ -20,6 +20,7 @@ from insightv.assessment.decision import (
 from insightv.assessment.quantities import quantities, tidy
 from insightv.records import Question
 
+_BARE_NUMBER = re.compile(r"[-−+]?[\d.,]+%?")
 _POINTERS = FILLER | {"first", "second", "third", "last", "left", "right", "both", "all", "two"}
 
 
@@ -49,6 +50,8 @@ def _other_label(question: Question, truth: str, spoken: str, text: str) -> Deci
     numeric = len(values) == 1 and re.fullmatch(r"[\d.,%]+", question.answer.strip())
     if numeric and len(given) == 1 and given[0].value == values[0].value:
         return Decision(True, "label")
+    if set(spoken.split()) - FILLER < set(truth.split()) and not set(spoken.split()) <= FILLER:
+        return Decision(None, UNDECIDED, "a part of the true answer")
     tail = " ".join(spoken.split()[-len(truth.split()) :])
     if _near(truth, spoken) or _near(truth, tail):
         return Decision(None, UNDECIDED, "close to the true answer")
@@ -93,11 +96,21 @@ def listing(question: Question, text: str, config: RuleConfig) -> Decision:
     """Item by item, in order where the task asks for one; also inside a sentence."""
     ordered = re.split(r"\W", question.task or " ")[0] in config.ordered_tasks
     truth = [normal(item) for item in question.answer.split(", ")]
+    if len(truth) == 1:  # "France and Spain"
+        truth = _items(question.answer) or truth
     candidates = [_items(text)]
     if ":" in text:
         candidates.append(_items(text.rsplit(":", 1)[1]))
     elif "/" in text:
         candidates.append(_items(text.replace("/", ",")))
+    if all(map(_BARE_NUMBER.fullmatch, truth)):
+        # Each item by itself: "1. 1952" is one, and "x = 2 or x = -3" are two.
+        values = [q.value for item in _raw_items(text) for q in quantities(tidy(item))]
+        wanted = [q.value for item in truth for q in quantities(tidy(item))]
+        if (values == wanted if ordered else Counter(values) == Counter(wanted)) and not (
+            NEGATION.search(re.sub(r"\b(?:and|or)\b", " ", text.lower()))
+        ):
+            return Decision(True, "list")
     for items in candidates:
         if items == truth if ordered else _alike(items, truth):
             return Decision(True, "list")
@@ -115,10 +128,13 @@ def listing(question: Question, text: str, config: RuleConfig) -> Decision:
 
 
 def _items(text: str) -> list[str]:
+    return [item for item in map(normal, _raw_items(text)) if item]
+
+
+def _raw_items(text: str) -> list[str]:
     text = re.sub(r"(?m)^\s*(?:[-*•]|\d+[.)])\s+", "\n", text.strip(" \t.[](){}"))
     text = re.sub(r"(?:^|(?<=[,;\s]))\d+[.)]\s", "\n", text)
-    parts = re.split(r",\s+and\b|,(?!\d{3}\b)|[;\n|>→]|<|\band\b|\bthen\b|&", text)
-    return [item for item in map(normal, parts) if item]
+    return re.split(r",\s+and\b|,(?!\d{3}\b)|[;\n|>→]|<|\band\b|\bthen\b|&", text)
 
 
 def _alike(items: Sequence[str], truth: Sequence[str]) -> bool:
@@ -154,8 +170,26 @@ def _near_list(items: Sequence[str], truth: Sequence[str]) -> bool:
     return all(one == two or _near(one, two) for one, two in pairs) and set(items) != set(truth)
 
 
+def _code(text: str) -> str:
+    """Letters and digits of a telephone number, a plate and the like; empty for other texts."""
+    if not re.fullmatch(r"[(+A-Za-z\d][A-Za-z\d ()+-]+", text) or sum(map(str.isdigit, text)) < 3:
+        return ""
+    if any(len(word) > 3 for word in re.findall(r"[A-Za-z]+", text)):
+        return ""
+    return re.sub(r"[ ()+-]", "", text).casefold()
+
+
 def text_answer(question: Question, text: str, config: RuleConfig) -> Decision:
-    """Right when the same but for case and punctuation; else the judge's business."""
+    """Right when the same but for case, punctuation and words that say nothing; else open.
+
+    Letters and digits of a code (a telephone number, a licence plate) are right whatever
+    stands between them, and wrong where both are codes and differ.
+    """
     if same(text, question.answer):
         return Decision(True, "exact")
+    truth, given = _code(question.answer), _code(text)
+    if truth and given:
+        return Decision(truth == given, "code")
+    if label(question, text, config).correct:
+        return Decision(True, "text")
     return Decision(None, UNDECIDED, "free text that differs")

@@ -16,7 +16,17 @@ from typer.core import TyperGroup
 
 from hpc.disk import told
 from hpc.errors import UserError
-from insightv.cli import check, cluster, images, models, runs, shards, training
+from insightv.cli import (
+    check,
+    cluster,
+    images,
+    models,
+    questions,
+    runs,
+    serving,
+    shards,
+    training,
+)
 
 # Base of all usage errors; typer carries its own copy of click, whose name is private.
 _UsageProblem: Any = typer.BadParameter.__mro__[2]
@@ -54,6 +64,8 @@ def _root(
 runs.add_to(app)
 cluster.add_to(app)
 models.add_to(app)
+questions.add_to(app)
+serving.add_to(app)
 app.add_typer(shards.app, name="shards", rich_help_panel="Look")
 app.add_typer(check.app, name="cluster", rich_help_panel="Look")
 app.add_typer(images.app, name="image", rich_help_panel="Look")

@@ -34,16 +34,18 @@ def check(
     from functools import partial
 
     from hpc.cluster import read_profile
+    from hpc.facts import Facts
     from hpc.probing import probe
     from hpc.site import check as ask
 
-    profile = read_profile(cluster)
-    findings = ask(profile)
+    profile, facts = read_profile(cluster), Facts()
+    findings = ask(profile, facts)
     for finding in findings:
         print(finding, flush=True)
     if minutes > 0:
         tell = partial(print, file=sys.stderr)
-        probed = probe(profile, run_dir, [sys.executable, "-m", "insightv"], 60 * minutes, tell)
+        program = [sys.executable, "-m", "insightv"]
+        probed = probe(profile, run_dir, program, 60 * minutes, tell, facts)
         for finding in probed:
             print(finding, flush=True)
         findings += probed

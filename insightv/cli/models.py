@@ -67,7 +67,7 @@ def ask(
     if not question.strip():
         raise UserError("QUESTION is empty; ask something about the picture")
     chain = opened(directory)
-    reasoning, summary = _agents(chain.run)
+    reasoning, summary = agents_of(chain.run)
     try:
         data = picture.read_bytes()
         decode(data, str(picture))
@@ -81,7 +81,7 @@ def ask(
         asked = Question("asked:here:0", question, (name,), "", "text")
         try:
             asyncio.run(
-                _ask(_config(chain.run), reasoning, summary, asked, Pictures([Path(folder)]))
+                _ask(config_of(chain.run), reasoning, summary, asked, Pictures([Path(folder)]))
             )
         except RecordError as error:
             raise UserError(f"{picture}: {error}") from None
@@ -108,21 +108,23 @@ async def _ask(
         await last.close()
 
 
-def _agents(run: RunDir) -> tuple[Path, Path]:
-    """The reasoning agent of the last round there is, and the summary agent.
+def agents_of(run: RunDir) -> tuple[Path, Path]:
+    """The reasoning agent that the rounds ended in, or of the last so far; the summary agent.
 
     Raises:
         UserError: The run has not trained them yet.
     """
     rounds = sorted(run.models.glob("reasoning-r*"), key=lambda path: int(path.name[11:] or 0))
-    found = [path for path in [run.models / "reasoning", *rounds] if path.is_dir()]
+    rounds = [run.models / "reasoning", *rounds, run.models / "reasoning-chosen"]
+    found = [path for path in rounds if path.is_dir()]
     summary = run.models / "summary"
     if not found or not summary.is_dir():
         raise UserError(f"{run.path}: the agents are not trained yet; see `insightv status`")
     return found[-1], summary
 
 
-def _config(run: RunDir) -> ChainConfig:
+def config_of(run: RunDir) -> ChainConfig:
+    """The resolved configuration of a run."""
     from hpc.config import load
     from insightv.config import ChainConfig
 
@@ -141,7 +143,7 @@ def evaluate(
     from insightv.evaluation.results import collect, results_table
 
     run = opened(directory).run
-    config = _config(run)
+    config = config_of(run)
     config.evaluation = replace(config.evaluation, entries=entries, split=split)
     config.evaluation.validate()
     chain = _evaluation(config, run)

@@ -44,6 +44,7 @@ def plan(
     from hpc import slurm
     from hpc.admission import admit
     from hpc.cluster import read_profile
+    from hpc.facts import Facts
     from hpc.planning import plan_of
     from hpc.rundir import RunDir
     from hpc.submission import fitted
@@ -63,7 +64,8 @@ def plan(
         _write(assembled, profile, write, run, given, cluster)
         return
     there = slurm.answers()
-    profile = fitted(profile) if there else profile
+    facts = Facts()
+    profile = fitted(profile, facts) if there else profile
     planned = plan_of(assembled, profile)
     if not planned:
         print(f"{assembled.run.path}: complete, nothing to do")
@@ -74,7 +76,7 @@ def plan(
     console().print(table(forecast_of(config, assembled, profile)))
     sys.stdout.flush()  # before what Slurm may refuse
     try:
-        print(admit(planned, profile) if there else _UNHELD)
+        print(admit(planned, profile, facts=facts) if there else _UNHELD)
     finally:  # what Slurm refuses is what one wants to read
         for item in planned if scripts else ():
             print(f"==> {item.name} <==", item.text, sep="\n")

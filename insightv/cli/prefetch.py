@@ -13,7 +13,7 @@ from hpc.errors import UserError
 from insightv.cli.runs import ChainArgument, Overrides
 
 if TYPE_CHECKING:
-    from insightv.config import ChainConfig
+    from insightv.config import ChainConfig, QuestionsSection
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -91,18 +91,27 @@ def check_packages(config: ChainConfig) -> None:
         UserError: A package is missing.
     """
     from insightv.demo.tables import INSTALL, PACKAGES
+    from insightv.questions.sources import INSTALL as INSTALL_DATA
 
     needed: dict[str, str] = {}
     for name in _asked(config.questions):
         for package in ("easy_vqa",) if name == "shapes" else PACKAGES:
             needed.setdefault(package, name)
+    asked = config.questions
+    for mapping in (*asked.mappings, *asked.held_out_mappings):
+        local = asked.place.of(mapping).is_dir()
+        package = (
+            "pyarrow" if local and mapping.format == "parquet" else "" if local else "datasets"
+        )
+        if package and not find_spec(package):
+            raise UserError(f"{mapping.name}: needs the package {package}: {INSTALL_DATA}")
     absent = {package: name for package, name in needed.items() if not find_spec(package)}
     if absent:
         name = next(iter(absent.values()))
         raise UserError(f"questions.{name} needs the package {', '.join(absent)}: {INSTALL}")
 
 
-def _asked(questions: object) -> dict[str, int]:
+def _asked(questions: QuestionsSection) -> dict[str, int]:
     """How many questions each set is asked for, splits together; without those of none."""
     from insightv.config import SETS
     from insightv.demo.sets import SPLITS
@@ -113,10 +122,11 @@ def _asked(questions: object) -> dict[str, int]:
     return {name: count for name, count in asked.items() if count}
 
 
-def _sets(questions: object) -> list[tuple[str, str]]:
+def _sets(questions: QuestionsSection) -> list[tuple[str, str]]:
     """The sets that are asked, with what they are drawn from; reading them proves it is there."""
     from insightv.demo.shapes import easy_vqa_rows
     from insightv.demo.tables import tables
+    from insightv.questions.sources import count
 
     found = []
     for name, asked in _asked(questions).items():
@@ -129,4 +139,8 @@ def _sets(questions: object) -> list[tuple[str, str]]:
         else:
             source = f"{len(list(tables())):,} tables of installed packages"
         found.append((name, f"{asked:,} questions from {source}"))
+    for mapping in (*questions.mappings, *questions.held_out_mappings):
+        folder = questions.place.of(mapping)
+        rows = sum(count(mapping, split, questions.place) or 0 for split in mapping.splits)
+        found.append((mapping.name, f"{rows:,} rows in {folder}" if rows else "from the hub"))
     return found

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hpc.config import unhashed
+from hpc.config import unhashed, unhashed_factory
 from hpc.errors import UserError
 from insightv.engines.base import Sampling
+from insightv.engines.server.config import ServerConfig
 
 
 @dataclass
@@ -51,7 +52,7 @@ class SamplingConfig:
                 raise UserError(f"{name}.{field} is {value}: use {allowed}")
 
 
-KINDS = ("transformers",)
+KINDS = ("transformers", "server")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -63,7 +64,10 @@ class EngineConfig:
     (Padding and the composition of a batch move logits by rounding, as in any engine.)
 
     Attributes:
-        kind: ``transformers``: a model of transformers in this process.
+        kind: ``transformers``: a model of transformers in this process; ``server``: behind HTTP,
+            as ``server`` says.
+        server: Which server. Of the other keys it is told ``device``, ``dtype``, ``context`` and
+            ``threads`` if it is started here; ``encoders`` and ``cache_mb`` hold on our side.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
         dtype: Of the weights: ``auto`` (bfloat16 on a GPU, else float32), ``float32``,
             ``bfloat16`` or ``float16``.
@@ -88,22 +92,25 @@ class EngineConfig:
     threads: int = unhashed(0)
     encoders: int = unhashed(2)
     cache_mb: int = unhashed(512)
+    server: ServerConfig = unhashed_factory(ServerConfig)
 
-    def validate(self) -> None:
-        """Checks what types cannot.
+    def validate(self, name: str = "engine") -> None:
+        """Checks what types cannot; ``name`` is the section's, for the message.
 
         Raises:
             UserError: An unknown kind, device or type, or a number out of range.
         """
         if self.kind not in KINDS:
-            raise UserError(f"engine.kind is {self.kind!r}: use {', '.join(KINDS)}")
+            raise UserError(f"{name}.kind is {self.kind!r}: use {', '.join(KINDS)}")
         if not _DEVICE.fullmatch(self.device):
-            raise UserError(f"engine.device is {self.device!r}: use auto, cpu, cuda or cuda:N")
+            raise UserError(f"{name}.device is {self.device!r}: use auto, cpu, cuda or cuda:N")
         if self.dtype not in DTYPES:
-            raise UserError(f"engine.dtype is {self.dtype!r}: use {', '.join(DTYPES)}")
-        for name in ("batch_size", "batch_tokens", "encoders"):
-            if getattr(self, name) < 1:
-                raise UserError(f"engine.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("context", "threads", "cache_mb"):
-            if getattr(self, name) < 0:
-                raise UserError(f"engine.{name} is {getattr(self, name)}: it must not be negative")
+            raise UserError(f"{name}.dtype is {self.dtype!r}: use {', '.join(DTYPES)}")
+        for key in ("batch_size", "batch_tokens", "encoders"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{name}.{key} is {getattr(self, key)}: it must be at least 1")
+        for key in ("context", "threads", "cache_mb"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{name}.{key} is {getattr(self, key)}: it must not be negative")
+        if self.kind == "server":
+            self.server.validate(f"{name}.server")

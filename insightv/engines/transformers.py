@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ import torch
 from hpc.errors import RecordError
 from insightv import models
 from insightv.engines.base import Completion, Request
+from insightv.engines.caching import Cache
 from insightv.engines.config import EngineConfig
 from insightv.engines.decoding import decode, decode_rows
 from insightv.pictures import Pictures
@@ -25,8 +24,6 @@ from insightv.pictures import Pictures
 _TICK = 0.003
 """A batch that is not full starts after this many seconds without a new request. Paths that
 were just answered come back with their next step well within it."""
-_CONTEXT = 4096
-"""For models whose configuration does not tell their longest input."""
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +60,7 @@ class TransformersEngine:
         self.digest = loaded.digest
         # One batch runs while the next one gathers.
         self.concurrency = 2 * config.batch_size
-        self.context = config.context or _context(loaded.model)
+        self.context = config.context or models.longest_input(loaded.model)
         self._model: Any = loaded.model
         self._processor = loaded.processor
         self._tokenizer = loaded.tokenizer
@@ -72,7 +69,9 @@ class TransformersEngine:
         self._rows = config.batch_size
         self._budget = config.batch_tokens
         self._pictures = pictures
-        self._cache = _PictureCache(self._encode_picture, config.cache_mb * 2**20)
+        self._cache = Cache(
+            self._encode_picture, lambda encoded: encoded.bytes, config.cache_mb * 2**20
+        )
         self._pending: list[_Job] = []
         self._preparing = 0
         self._arrived = 0
@@ -233,59 +232,11 @@ class TransformersEngine:
         return Completion(text, len(ids), "stop" if ended or found else "length")
 
 
-class _PictureCache:
-    """Encoded pictures by id, each encoded once; the least recently used go first."""
-
-    def __init__(self, encode: Callable[[str], models.EncodedPicture], limit: int):
-        self._encode = encode
-        self._limit = limit
-        self._size = 0
-        self._entries: OrderedDict[str, Future[models.EncodedPicture]] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, picture: str) -> models.EncodedPicture:
-        """Encodes a picture, waits for a thread that already does, or remembers.
-
-        Raises:
-            RecordError: The picture is missing, damaged or refused.
-        """
-        with self._lock:
-            future = self._entries.get(picture)
-            if future is not None:
-                self._entries.move_to_end(picture)
-            else:
-                ours = self._entries[picture] = Future()
-        if future is not None:
-            return future.result()
-        try:
-            ours.set_result(self._encode(picture))
-        except BaseException as error:
-            with self._lock:
-                self._entries.pop(picture, None)
-            ours.set_exception(error)
-            raise
-        with self._lock:
-            self._size += ours.result().bytes
-            for name, entry in list(self._entries.items()):
-                if self._size <= self._limit:
-                    break
-                if entry.done():
-                    del self._entries[name]
-                    self._size -= entry.result().bytes
-        return ours.result()
-
-
 def _ends(loaded: models.LoadedModel) -> list[int]:
     """The tokens that end a turn, as the folder and the tokenizer tell them."""
     told = loaded.model.generation_config.eos_token_id
     told = told if isinstance(told, Sequence) else [told]
     return sorted({end for end in [*told, loaded.tokenizer.eos_token_id] if end is not None})
-
-
-def _context(model: Any) -> int:
-    """The longest input the language model was made for."""
-    text = model.config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or _CONTEXT
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -64,7 +64,7 @@ async def ask(
         RecordError: An engine cannot serve the question (a broken picture, say).
     """
     steps: list[Step] = []
-    async for heard in _steps(reasoning, prompts, question, config, seed):
+    async for heard in steps_aloud(reasoning, prompts, question, config, seed):
         if heard.step is not None:
             steps.append(heard.step)
         yield heard
@@ -80,7 +80,7 @@ async def ask(
         yield Heard("answer" if kind == "answer" else "unaided", done.text.strip())
 
 
-async def _steps(
+async def steps_aloud(
     engine: Engine, prompts: Prompts, question: Question, config: EntryConfig, seed: int
 ) -> AsyncIterator[Heard]:
     """The reasoning agent's steps, until it is done, cut off, or writes what is no step."""

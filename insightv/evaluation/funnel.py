@@ -24,13 +24,15 @@ _ROUND = re.compile(r"r(\d+)-")
 CONTROL = "dpo"
 """Prefix of the stages of the one-round control."""
 _PATH_KEY = re.compile(r"/(r\d+)/p\d+$")
+_DROPPED = "dropped: "
 _REASONS = 8
 _POINTS = 400
 
 
 def complete(run: Path, stage: str) -> bool:
-    """Whether the stage has been committed by its gate."""
-    return RunDir(run).manifest(stage).is_file()
+    """Whether the stage has been committed by its gate, and not let pass by a decision."""
+    manifest = RunDir(run).read_manifest(stage)
+    return manifest is not None and not manifest.get("skipped")
 
 
 def shard_folder(run: Path, stage: str) -> Path:
@@ -77,12 +79,14 @@ def funnel(run: Path) -> dict[str, Any]:
     """Counts from questions to pairs, each round's distributions, and the training sets.
 
     Returns:
-        ``{"questions": n, "rounds": [...], "sets": {...}, "control_pairs": n}``; a number is None
-        while its stage is not complete.
+        ``{"questions": n, "left_out": {reason: n}, "rounds": [...], "sets": {...},
+        "control_pairs": n}``; a number is None while its stage is not complete. What is left
+        out was no question, or one that evaluation asks too.
     """
     sets, kept = _sets(run)
     return {
         "questions": _count(run, "questions-train"),
+        "left_out": _left_out(run),
         "rounds": [_round(run, prefix, kept[prefix]) for prefix in rounds(run)],
         "sets": sets,
         "control_pairs": _count(run, f"{CONTROL}-pairs"),
@@ -93,6 +97,12 @@ def _count(run: Path, stage: str) -> int | None:
     if not complete(run, stage):
         return None
     return sum(sidecar.rows for sidecar in shards.sidecars(shard_folder(run, stage)).values())
+
+
+def _left_out(run: Path) -> dict[str, int]:
+    counts = (RunDir(run).read_manifest("questions-train") or {}).get("counts", {})
+    found = {name.removeprefix(_DROPPED): n for name, n in counts.items() if _DROPPED in name}
+    return dict(Counter(found).most_common(_REASONS))
 
 
 def _round(run: Path, prefix: str, kept: Mapping[str, int]) -> dict[str, Any]:

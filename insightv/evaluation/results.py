@@ -22,6 +22,7 @@ from rich.table import Table
 
 from hpc import shards
 from hpc.rundir import RunDir, write_json
+from insightv.evaluation import stopping
 from insightv.evaluation.funnel import complete, funnel, known, shard_folder, stage_names
 from insightv.evaluation.statistics import Estimate, accuracy, paired_difference
 from insightv.records import Question
@@ -147,6 +148,7 @@ def collect(run: Path, seed: int = 0) -> Results:
         "funnel": (counts := funnel(run)),
         "score_agreement": {row["round"]: row["agreement"] for row in counts["rounds"]},
         "training": training(run),
+        "early_stop": stopping.summary(run),
     }
 
 

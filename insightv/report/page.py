@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hpc import shards
+from hpc.accounting import by_stage, spent
 from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json
+from hpc.status import used
 from insightv.evaluation.funnel import complete, rank_of_round, shard_folder, stage_names
 from insightv.evaluation.results import (
     QUESTIONS,
@@ -297,18 +300,28 @@ def _example(run: Path, question: Question, sides: Mapping[str, Any]) -> dict[st
 
 
 def stage_rows(run: Path) -> Iterator[dict[str, Any]]:
-    """Every stage with what it holds and how long it took."""
+    """Every stage with what it holds, how long it took, and on a cluster what it used."""
+    found = RunDir(run)
+    hours = by_stage(found, spent(found.read_jobs(), None, time.time()))
     for stage in stage_names(run):
-        manifest = RunDir(run).read_manifest(stage) or {}
+        manifest = found.read_manifest(stage) or {}
         sidecars = shards.sidecars(shard_folder(run, stage)).values()
         yield {
             "name": stage,
-            "complete": complete(run, stage),
+            "state": _state(manifest),
             "shards": len(sidecars),
             "rows": sum(sidecar.rows for sidecar in sidecars),
             "bytes": sum(sidecar.bytes for sidecar in sidecars),
             "seconds": round(manifest["seconds"]) if "seconds" in manifest else None,
+            "tokens": manifest.get("sums", {}).get("tokens"),
+            **(used(hours[stage], manifest) if stage in hours and manifest else {}),
         }
+
+
+def _state(manifest: Mapping[str, Any]) -> str:
+    if skipped := manifest.get("skipped"):
+        return f"skipped by {skipped['by']}"
+    return "complete" if manifest else "not complete"
 
 
 def provenance(run: Path) -> dict[str, str]:

@@ -160,8 +160,13 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
             "start them with torchrun, or as tasks of one Slurm job"
         ) from None
     ranks = _joined()
-    ranks.first(lambda: _check(config, count))
-    yield ranks
+    try:
+        ranks.first(lambda: _check(config, count))
+        yield ranks
+    except BaseException:
+        if count == 1:
+            distributed.destroy_process_group()
+        raise  # with others, leaving might wait for work that they have given up
     distributed.destroy_process_group()
 
 

@@ -32,4 +32,4 @@ payload=(insightv work "$run" sft-direct)
 # command
 # This runs the payload, does what its exit status asks, and exits. It is read again only
 # where a node cannot see it yet.
-for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-f61efe2112c7/work.sh"; done
+for pause in 0 5 20 60; do sleep $pause; . "$run/slurm/host-27d8621d5e15/work.sh"; done

@@ -140,6 +140,10 @@ class Run:
         )
         return self.payloads(stage)
 
+    def kill(self, stage: str) -> None:
+        """Kills a stage's newest job with all its processes: nothing is left to begin again."""
+        self.cluster.run("scancel", "--signal=KILL", "--full", self.job("work", stage))
+
     def wait(self, seconds: float = PATIENCE) -> None:
         """Until the chain is complete and nothing of it is left in the queue."""
 

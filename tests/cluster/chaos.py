@@ -1,13 +1,16 @@
 """Seeded faults throughout a chain on the test cluster, and what became of its records.
 
-``python -m tests.cluster.chaos --seed 3 --faults 100``: the same seed draws the same faults in
-the same order; when each one strikes depends on the machine. Prints which fault met which stage,
-and the records that were expected, lost and doubled; status 1 if any was.
+``python -m tests.cluster.chaos --seeds 3 4 --faults 100 --save``: the same seed draws the same
+faults in the same order; when each one strikes depends on the machine. Prints which fault met which
+stage, and the records that were expected, lost and doubled; status 1 if any was. With ``--save``
+they are kept in ``benchmarks/results/chaos.json``, beside those of other seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import signal
 import sys
@@ -25,10 +28,13 @@ from chains import PATIENCE, Run, profile, wait_for  # noqa: E402
 from testbed import Settings, Testbed  # noqa: E402
 
 from hpc import gates  # noqa: E402
+from hpc.naming import prefix  # noqa: E402
+from hpc.provenance import describe  # noqa: E402
 from hpc.rundir import STOPPED  # noqa: E402
 from hpc.shards import read_groups, shard_path, sidecars  # noqa: E402
 
 Fault = Callable[["Chaos"], Any]
+SAVED = Path(__file__).parents[2] / "benchmarks" / "results" / "chaos.json"
 
 
 def _kill(chaos: Chaos) -> Any:
@@ -114,6 +120,7 @@ class Chaos:
     run: Run
     draw: random.Random
     met: Counter[tuple[str, str]] = field(default_factory=Counter)
+    resubmitted: Counter[str] = field(default_factory=Counter)
     due: list[tuple[float, Callable[..., Any], tuple[Any, ...]]] = field(default_factory=list)
 
     def later(self, seconds: float, undo: Callable[..., Any], *words: Any) -> None:
@@ -145,7 +152,8 @@ class Chaos:
     def running(self) -> list[list[str]]:
         """Id, node and name of the run's jobs at work."""
         said = self.cluster.run("squeue", "-h", "-t", "R", "-o", "%i|%N|%j", check=False).stdout
-        return [line.split("|") for line in said.splitlines() if "|iv-" in line]
+        jobs = (line.split("|") for line in said.splitlines())
+        return [job for job in jobs if job[2].startswith(prefix(self.run.dir) + "-")]
 
     def job(self, *command: str) -> str:
         """Does something to one of the run's working jobs, or elements."""
@@ -204,7 +212,7 @@ class Chaos:
         stopped = self.run.dir.marked(STOPPED) is not None
         if self.stage() and (stopped or not self.run.queue()):
             wait_for(lambda: not self.run.queue(), say=self.run.say)
-            self.met["submitted again", self.stage()] += 1
+            self.resubmitted[self.stage()] += 1
             self.run.submit(check=False)
 
     def count(self) -> dict[str, dict[str, int]]:
@@ -261,27 +269,85 @@ def table(met: Counter[tuple[str, str]]) -> str:
 def report(made: Chaos, seed: int) -> tuple[str, bool]:
     """What happened, and whether every record is there exactly once."""
     lines, good = [f"seed {seed}: {sum(made.met.values())} faults", table(made.met)], True
+    lines.append(f"submitted again by hand: {made.resubmitted.total()} times")
     for stage, counts in made.count().items():
         lines.append(f"{stage}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
         good &= not (counts["lost"] or counts["doubled"] or counts["strange"])
     return "\n".join(lines), good
 
 
+def save(made: Chaos, seed: int, seconds: float, load: tuple[float, ...], good: bool) -> None:
+    """Keeps what happened, as JSON and as a table."""
+    found = json.loads(SAVED.read_text()) if SAVED.exists() else {}
+    code = describe(("hpc",))["code"]["hpc"]
+    found[str(seed)] = {
+        "commit": code.get("commit", code["sources"])[:12],
+        "changed": bool(code.get("changed")),
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+        "load": [round(value, 1) for value in (load[0], os.getloadavg()[0])],
+        "seconds": round(seconds),
+        "faults": sum(made.met.values()),
+        "met": [[fault, stage, count] for (fault, stage), count in sorted(made.met.items())],
+        "submitted again": made.resubmitted.total(),
+        "records": made.count(),
+        "good": good,
+    }
+    found = {key: found[key] for key in sorted(found, key=int)}
+    SAVED.write_text(json.dumps(found, indent=1) + "\n")
+    SAVED.with_suffix(".md").write_text(page(found))
+
+
+def page(found: dict[str, Any]) -> str:
+    """The saved seeds for a reader."""
+    met: Counter[tuple[str, str]] = Counter()
+    for one in found.values():
+        met.update({(fault, stage): count for fault, stage, count in one["met"]})
+    lines = [
+        "# Faults throughout a chain",
+        "",
+        "`python -m tests.cluster.chaos --seeds … --faults 100 --save` on the test cluster: four",
+        "nodes of a real Slurm on one machine. Records are those of all map stages together.",
+        "",
+        "| seed | faults | submitted again by hand | records expected | lost | doubled | minutes "
+        "| load | commit |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for seed, one in found.items():
+        sums = {
+            what: sum(counts[what] for counts in one["records"].values())
+            for what in ("expected", "lost", "doubled")
+        }
+        mark = " (changed)" if one["changed"] else ""
+        told = [seed, one["faults"], one["submitted again"], *sums.values()]
+        told += [f"{one['seconds'] / 60:.0f}", "–".join(map(str, one["load"]))]
+        lines.append("| " + " | ".join(map(str, told)) + f" | {one['commit']}{mark} |")
+    lines += ["", "Which fault met which stage, all seeds together:", "", "```", table(met), "```"]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """The faults of one seed, on a cluster that is started where none runs."""
     words = argparse.ArgumentParser(prog="chaos", description=__doc__)
-    words.add_argument("--seed", type=int, default=0)
+    words.add_argument("--seeds", type=int, nargs="+", default=[0])
     words.add_argument("--faults", type=int, default=100)
+    words.add_argument("--save", action="store_true", help=f"keep the results in {SAVED.name}")
     asked = words.parse_args()
     cluster = Testbed(say=lambda text: print(text, file=sys.stderr))
     cluster.up(cluster.settings if cluster.running() else Settings())
-    cluster.reset()
-    try:
-        text, good = report(chaos(cluster, asked.seed, asked.faults), asked.seed)
-    finally:
+    whole = True
+    for seed in asked.seeds:
+        begun, load = time.monotonic(), os.getloadavg()
         cluster.reset()
-    print(text)
-    return 0 if good else 1
+        try:
+            made = chaos(cluster, seed, asked.faults)
+            text, good = report(made, seed)
+        finally:
+            cluster.reset()
+        print(text, flush=True)
+        if asked.save:
+            save(made, seed, time.monotonic() - begun, load, good)
+        whole &= good
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from testbed import Settings, Testbed  # noqa: E402
 
 MINUTE = 60.0
 STAGE = "double"
+_BETWEEN = (15, 45)  # seconds between two kills
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Loss:
 
     Attributes:
         how: ``kill`` or ``requeue``.
-        worked: Seconds since the worker's first call.
+        worked: Seconds since the worker's first call in this life.
         records: Finished before the kill, and made again.
         seconds: From the first of those to the kill.
     """
@@ -48,20 +49,21 @@ class Loss:
 
 
 def losses(cluster: Testbed, seed: int, kills: int) -> list[Loss]:
-    """Kills workers of a chain at random moments; each record takes two seconds."""
+    """Kills workers of a chain at random moments; a worker finishes a record a second."""
     draw = random.Random(seed)
     asked = profile()
     asked.cpu.workers, asked.gate.retries = 4, kills
     run = Run(cluster, asked)
-    size = (f"n={100 * kills}", "per_shard=100", "workers=4", "pause=2.0", f"only={STAGE}")
+    # Work for twice as long as the kills are likely to take.
+    count = 2 * 4 * kills * sum(_BETWEEN) // 2
+    size = (f"n={count}", "per_shard=100", "workers=4", "pause=2.0", f"only={STAGE}")
     run.submit("small=true", "calls=true", *size)
     struck: list[tuple[str, str, float]] = []
     while len(struck) < kills:
-        time.sleep(draw.uniform(20, 60))
-        told = {call[3] for call in calls(run)}
-        killed = {job for _, job, _ in struck}
+        time.sleep(draw.uniform(*_BETWEEN))
+        # A worker begins again in its place: what counts is what it has done since.
+        told = {job for _, begun, _, job in calls(run) if begun > _last(struck, job, time.time())}
         found = {job: process for process in run.payloads(STAGE) if (job := _job(process)) in told}
-        found = {job: process for job, process in found.items() if job not in killed}
         if not found:
             assert run.queue(), run.say()
             continue
@@ -74,7 +76,7 @@ def losses(cluster: Testbed, seed: int, kills: int) -> list[Loss]:
             cluster.run("scontrol", "requeue", job)
     run.wait(3000)
     run.check()
-    return [_loss(run, *item) for item in struck]
+    return [_loss(run, _last(struck, job, when), how, job, when) for how, job, when in struck]
 
 
 def calls(run: Run) -> list[tuple[str, float, float, str]]:
@@ -90,9 +92,14 @@ def _job(process: psutil.Process) -> str:
         return ""
 
 
-def _loss(run: Run, how: str, job: str, when: float) -> Loss:
+def _last(struck: list[tuple[str, str, float]], job: str, now: float) -> float:
+    """When a job was struck before now; 0 if it was not."""
+    return max((when for _, other, when in struck if other == job and when < now), default=0.0)
+
+
+def _loss(run: Run, since: float, how: str, job: str, when: float) -> Loss:
     made = calls(run)
-    before = [call for call in made if call[3] == job and call[2] <= when]
+    before = [call for call in made if call[3] == job and call[1] > since and call[2] <= when]
     again = {call[0] for call in made if call[1] > when}
     lost = [call for call in before if call[0] in again]
     first = min((call[2] for call in lost), default=when)

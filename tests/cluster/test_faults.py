@@ -57,6 +57,21 @@ def test_a_job_of_several_nodes(cluster: Testbed) -> None:
     assert told[0]["MASTER_ADDR"].startswith("node")
 
 
+def test_a_decision_takes_out_of_the_queue_what_it_lets_pass(cluster: Testbed) -> None:
+    run = Run(cluster)
+    # Ended by the decision: it would take ten minutes.
+    run.submit("enough=doubles do", "n=400", "per_shard=4", "pause=6.0", "only=more")
+    run.wait(300)
+    found = run.status()
+    states = {stage["name"]: stage["state"] for stage in found["stages"]}
+    assert found["state"] == "complete"
+    assert states.pop("more") == states.pop("sum") == "skipped"
+    assert set(states.values()) == {"complete"}
+    assert (run.dir.read_manifest("told") or {})["counts"] == {"sums": 0}
+    assert not run.dir.progress("sum").exists()  # nobody had to wait for a node for nothing
+    assert "0" in run.submit().stdout.split()[-1:]
+
+
 def test_workers_killed_cancelled_and_paused(cluster: Testbed) -> None:
     killed, cancelled, paused = (Run(cluster) for _ in range(3))
     for run in (killed, cancelled, paused):
@@ -73,7 +88,10 @@ def test_workers_killed_cancelled_and_paused(cluster: Testbed) -> None:
         owner.send_signal(signal.SIGCONT)
     for run in (killed, cancelled, paused):
         run.check()
-    assert 137 in {entry["status"] for entry in killed.ended("double")}
+    # It began again where it was.
+    assert {entry["status"] for entry in killed.ended("double")} == {0}
+    logs = "".join(path.read_text() for path in killed.dir.logs("double").glob("*.log"))
+    assert "was killed (status 137); it begins again" in logs
     assert 143 in {entry["status"] for entry in cancelled.ended("double")}
 
 
@@ -268,7 +286,8 @@ def test_gates_are_killed(cluster: Testbed) -> None:
         asleep.append(sleeps)
         run.submit(*SLOW, "workers=1", env=environment)
     for run in runs:
-        run.working("double")[0].kill()
+        run.working("double")
+        run.kill("double")
     wait_for(lambda: all(path.exists() for path in asleep), say=between.say)
     nodes = {run.nodes("double", "gate")[0] for run in runs}
     for node in nodes:

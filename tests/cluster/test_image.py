@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from chains import Run, counting, profile, wait_for
 from testbed import Testbed
@@ -58,11 +57,8 @@ def test_a_chain_inside_an_image(cluster: Testbed, image: Path) -> None:
     words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 10")
     cluster.run(*words, "--output=/dev/null")
     wait_for(lambda: any(e["asked"] == "leave" for e in run.ended("double")), say=run.say)
-    for process in run.working("double", 2):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    run.working("double", 2)
+    run.kill("double")
     run.check()
     attempts = {entry["attempt"] for entry in run.submitted() if entry["stage"] == "double"}
     assert attempts == {0, 1}, run.say()

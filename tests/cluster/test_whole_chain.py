@@ -38,6 +38,16 @@ def test_a_cluster_makes_what_one_machine_makes(cluster: Testbed) -> None:
     assert not cluster.run("squeue", "--noheader").stdout
     assert differences(here, there) == []
     assert min(stage["hours"]["core"] for stage in found["stages"]) > 0
+    assert all(stage["shards"].keys() == {"done", "total"} for stage in found["stages"])
+    # Models used GPUs, and told tokens for their hours.
+    told = {stage["name"]: stage.get("per_gpu_hour", {}) for stage in found["stages"]}
+    assert all(told[name]["tokens"] > 0 for name in ("r0-generate", "sft-reasoning", "eval-base"))
+    jobs = ",".join(e["job"] for e in RunDir(there).read_jobs() if e.get("event") == "submitted")
+    said = cluster.run("sacct", "-X", "-n", "-P", "--format=JobName,State", "-j", jobs).stdout
+    ends = dict(line.split("|") for line in said.splitlines())
+    # Elements that came too late were not needed: whoever completed the stage cancelled them.
+    assert {end.partition(" ")[0] for end in ends.values()} <= {"COMPLETED", "CANCELLED"}
+    assert not [name for name, end in ends.items() if ".gate-" in name and end != "COMPLETED"]
 
 
 def status(cluster: Testbed, run: Path) -> dict[str, Any]:

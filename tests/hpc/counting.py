@@ -1,5 +1,8 @@
 """A chain of seconds without torch: numbers → double, square → total, triple.
 
+With ``enough``, a chain with a decision instead: numbers → double → decide; beside that, more,
+which decide may end; behind both, sum, which it may let pass; at last, told.
+
 As a program: ``counting.py run RUN [key=value …]``, ``submit RUN PROFILE [key=value …]``,
 ``cancel RUN``, ``status RUN``, and the payloads of `hpc.control`.
 """
@@ -11,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +49,7 @@ class Counting:
     pause: float = configs.unhashed(0.0)  # seconds a number takes
     only: str = configs.unhashed("")  # the one map stage in which it does; empty: each
     steps: int = configs.unhashed(0)  # seconds that numbers is counted beforehand, saved each
+    enough: str = ""  # what decide says when doubles are enough; ``not`` that they are not
     calls: bool = configs.unhashed(False)  # each call is told: key, begin, end, job
     workers: int = configs.unhashed(2)
     slots: int = configs.unhashed(2)
@@ -122,7 +126,15 @@ def make_chain(run: Path, settings: Counting) -> Chain:
     double = {"factor": settings.factor, **fails}
     stages = [
         Stage("numbers", "job", config=size, run=numbers, distributed=settings.ranks),
-        Stage("double", "map", over, config=double, load=load("double", settings.factor), **common),
+        Stage(
+            "double",
+            "map",
+            over,
+            config=double,
+            load=load("double", settings.factor),
+            counted=("value",),
+            **common,
+        ),
         Stage("square", "map", over, config=fails, load=load("square", 3), **common),
         Stage(
             "total",
@@ -137,8 +149,45 @@ def make_chain(run: Path, settings: Counting) -> Chain:
     if settings.small:
         after = Stage("triple", "map", over, after=("double",), load=load("triple", 3), **common)
         stages = [*stages[:2], after]
+    if settings.enough:
+        stages = [*stages[:2], *deciding(settings, load("more", 3))]
     command = [sys.executable, str(Path(__file__).resolve())]
     return Chain(stages, RunDir(run), command)
+
+
+def deciding(settings: Counting, more: object) -> list[Stage]:
+    def decide(context: Context) -> Counts:
+        return {"skip": "" if settings.enough == "not" else settings.enough}
+
+    def sum_up(context: Context) -> Counts:
+        (context.run / "models" / "sum").mkdir(parents=True, exist_ok=True)
+        found = sum(row["value"] for _, rows in read_groups_of(context) for row in rows)
+        (context.run / "models" / "sum" / "sum.txt").write_text(str(found))
+        return {"sum": found}
+
+    def told(context: Context) -> Counts:
+        return {"sums": len([*context.run.glob("models/sum/*")])}
+
+    unless = ("decide",)
+    return [
+        Stage("decide", "job", after=("double",), config={"says": settings.enough}, run=decide),
+        Stage("more", "map", {"numbers": "numbers"}, load=more, workers=2, unless=unless),
+        Stage(
+            "sum",
+            "job",
+            {"more": "more"},
+            after=unless,
+            run=sum_up,
+            outputs=("models/sum",),
+            unless=unless,
+        ),
+        Stage("told", "job", after=("sum",), run=told),
+    ]
+
+
+def read_groups_of(context: Context) -> Iterator[tuple[str, list[Row]]]:
+    for _, rows in join({"more": context.shards("more")}):
+        yield "", rows["more"]
 
 
 def misbehave(settings: Counting, name: str, context: Context) -> None:

@@ -71,14 +71,14 @@ def test_a_chain_that_fits_is_tried_once_a_kind(tmp_path, cluster):
         ({}, profile(cores=64), "0 nodes with 64 cores"),
         ({"scontrol show config": "MaxArraySize = 4"}, profile(8), "MaxArraySize is 4"),
         (
-            {"sacctmgr --noheader --parsable2 show qos format=name,maxsubmitjobspu": "few|20||\n"}
-            | {"sacctmgr --noheader --parsable2 show assoc user": "lab|||few|few||||\n"},
+            {"sacctmgr --noheader --parsable2 show qos": "few||20|||\n"}
+            | {"sacctmgr --noheader --parsable2 show assoc user": "lab||few|few||||\n"},
             profile(6),
             "26 jobs, elements counted; QOS few allows 20",
         ),
         (
-            {"sacctmgr --noheader --parsable2 show assoc user": "lab||root|||14|\n"}
-            | {"squeue": "1_0\n1_1\n"},
+            {"sacctmgr --noheader --parsable2 show assoc user": "lab|||||14||\n"}
+            | {"squeue": "1|0-1|other|PENDING||0:00|Priority\n"},
             profile(),
             "14 jobs.*beside 2 that you have queued; account lab allows 14",
         ),

@@ -162,6 +162,33 @@ def test_a_worker_that_nobody_needs_ends_well(tmp_path: Path, status: int, swept
     assert (chain.run.path / "slurm" / "swept-6").exists() == swept
 
 
+@pytest.mark.parametrize(
+    ("ends", "starts", "status"),
+    [
+        ('[ "$n" = 2 ] || kill -9 $$; exit 0', 2, 0),
+        ("kill -9 $$", 3, 137),
+        ("exit 1", 1, 1),
+        ("kill -USR1 $PPID; sleep 5", 1, 138),
+    ],
+)
+def test_a_payload_that_is_killed_begins_again(
+    tmp_path: Path, ends: str, starts: int, status: int
+) -> None:
+    """In its place, a few times; not one that failed by itself, or was asked to leave."""
+    chain = counting.open_chain(tmp_path / "run", ["small=true"])
+    naming.make_id(chain.run)
+    write_host(chain.run.path / "slurm")
+    count = tmp_path / "starts"
+    asked = Profile(program=["bash", "-c", f"echo >>{count}; n=$(wc -l <{count}); {ends}"])
+    work = next(item for item in plan_of(chain, asked) if item.file == "numbers")
+    done = subprocess.run(
+        ["bash", "-c", work.text], env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    )
+    entries = [entry["event"] for entry in chain.run.read_jobs() if "event" in entry]
+    assert len(count.read_text().splitlines()) == starts
+    assert done.returncode == status and entries == ["began", "ended"]
+
+
 def test_another_version_changes_no_job_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

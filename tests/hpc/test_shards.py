@@ -207,6 +207,8 @@ def test_sidecar_missing_or_bad(tmp_path):
         '{"rows": 1}',
         good.replace("rows", "rowz"),
         good.replace(": ", ': "', 1).replace(", ", '", ', 1),
+        good.replace("}", ', "sums": {"tokens": "many"}}'),
+        good.replace("}", ', "sums": 3}'),
     ):
         sidecar.write_text(bad)
         with pytest.raises(ShardError, match="not a sidecar"):
@@ -331,6 +333,30 @@ def test_adopt(tmp_path):
         assert writer.done == left
         writer.abandon()
         shards.clear(tmp_path / "out")
+
+
+def test_what_is_counted_outlives_every_change_of_hands(tmp_path):
+    rows = {
+        "a": [{"tokens": 3, "text": "x"}, {"tokens": 4}],
+        "b": [{"other": 5}, {"tokens": "none"}],
+        "c": [{"tokens": 10}],
+    }
+    writer = ShardWriter(tmp_path, 0, limits=SMALL, counted=("tokens", "absent"))
+    writer.add("c", rows["c"])
+    writer.flush()
+    writer.abandon()
+    resume = part_path(tmp_path, 0, 0)
+    writer = ShardWriter(tmp_path, 0, 1, resume, SMALL, ("tokens", "absent"))
+    writer.add("a", rows["a"])
+    writer.add("b", rows["b"])
+    made = writer.commit(["a", "b", "c"])
+    assert made.sums == {"tokens": 17, "absent": 0}
+    assert sidecars(tmp_path)[0] == made == verify(shard_path(tmp_path, 0))
+    sidecar_path(shard_path(tmp_path, 0)).unlink()
+    assert shards.adopt(tmp_path, 0, made, 2, ("tokens",)).sums == {"tokens": 17}
+    plain = write(tmp_path / "plain", rows)
+    assert plain.sums == {}
+    assert "sums" not in sidecar_path(shard_path(tmp_path / "plain", 0)).read_text()
 
 
 def test_repair_keeps_frames_on_both_sides(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc import site
+from hpc import facts, site
 from hpc.cluster import Profile, Resources, read_profile
 from hpc.errors import UserError
 from hpc.site import Node, Partition
@@ -44,13 +44,13 @@ def test_there_are_three_starting_points_and_the_testbed():
     ],
 )
 def test_times_as_slurm_writes_them(text, minutes):
-    assert site.duration(text) == minutes
+    assert facts.duration(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["soon", "1-", "1:2:3:4", "-5"])
 def test_no_time_is_refused(text):
     with pytest.raises(UserError):
-        site.duration(text)
+        facts.duration(text)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_no_time_is_refused(text):
     ],
 )
 def test_gpus_of_gres(gres, count):
-    assert site._gpus(gres) == count
+    assert facts._gpus(gres) == count
 
 
 @pytest.fixture
@@ -78,15 +78,15 @@ def slurm(monkeypatch):
         "scontrol -o show partition": "PartitionName=gpu State=UP MaxTime=1-00:00:00 AllowQos=ALL "
         "AllowAccounts=lab PreemptMode=CANCEL\n"
         "PartitionName=cpu State=UP MaxTime=UNLIMITED Default=YES\n",
-        "sacctmgr --noheader --parsable2 show assoc": "lab||normal,few|normal|||\n",
-        "sacctmgr --noheader --parsable2 show qos": "normal|||\nfew|2|4|01:00:00\n",
+        "sacctmgr --noheader --parsable2 show assoc": "lab||normal,few|normal||||\n",
+        "sacctmgr --noheader --parsable2 show qos": "normal|||||\nfew|2|4|||01:00:00\n",
     }
 
     def call(*words: str, **_: object) -> str:
         said = " ".join(words)
         return next(answer for begin, answer in answers.items() if said.startswith(begin))
 
-    monkeypatch.setattr(site.slurm, "call", call)
+    monkeypatch.setattr(facts.slurm, "call", call)
     return answers
 
 

@@ -68,10 +68,11 @@ def test_what_jobs_have_used(complete: Chain) -> None:
     assert found["hours"] == {"node": 1.5, "core": 8.5, "gpu": 4.0}
     entries = {entry["name"]: entry for entry in found["stages"]}
     assert entries["double"]["hours"] == double
-    assert entries["double"]["rows_per_gpu_hour"] == pytest.approx(36 / 4)
-    assert entries["total"]["hours"]["gpu"] == 0 and "rows_per_gpu_hour" not in entries["total"]
-    text = shown(board(found), 140)
-    assert "GPU-h" in text and "core-hours: 8.5" in text
+    assert entries["double"]["per_gpu_hour"]["rows"] == pytest.approx(36 / 4)
+    assert entries["double"]["per_gpu_hour"]["value"] == 2 * (780 - 60) / 4
+    assert entries["total"]["hours"]["gpu"] == 0 and "per_gpu_hour" not in entries["total"]
+    text = shown(board(found), 150)
+    assert "GPU-h" in text and "core-hours: 8.5" in text and "360 value" in text
 
 
 def test_a_stage_at_work_on_a_cluster(chain: Chain) -> None:

@@ -159,12 +159,23 @@ def test_table_shows_all_entries_and_what_was_left_out(results):
     assert "81.2" in text and "undecided" in text
 
 
+def test_what_became_no_question_is_told(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    manifest = copy / "stages/questions-train/manifest.json"
+    told = json.loads(manifest.read_text())
+    told["counts"] = {"chartqa": 3, "dropped: chartqa: picture: none": 2}
+    manifest.write_text(json.dumps(told))
+    assert collect(copy)["funnel"]["left_out"] == {"chartqa: picture: none": 2}
+
+
 def test_an_empty_run_gives_an_empty_ladder(tmp_path):
     (tmp_path / "stages").mkdir()
     results = collect(tmp_path)
     assert results["ladder"] == [] and results["judge_card"] is None
     assert results["funnel"] == {
         "questions": None,
+        "left_out": {},
         "rounds": [],
         "sets": {},
         "control_pairs": None,

@@ -166,7 +166,7 @@ IN_CONTEXT = [
     ("What percentage?", "25", "0.25", R),
     ("What percentage?", "25", "a quarter", R),
     ("How much, in millions?", "5", "5 million", R),
-    ("How much, in millions?", "5", "5,000,000", W),
+    ("How much, in millions?", "5", "5,000,000", U),
     ("What percentage?", "25", "2500", W),
     ("What percentage?", "0.25", "25", R),
     ("What is the sum of 5 and 7?", "12", "5 and 7 make 12", R),
@@ -204,7 +204,7 @@ LABELS = [
     ("Norway", "12", W),
     ("São Paulo", "Sao Paulo", R),
     ("New York", "new-york", R),
-    ("New York", "York", W),
+    ("New York", "York", U),
     ("R&D", "R and D", R),
     ("United States", "US", U),
     ("United States", "USA", U),
@@ -441,3 +441,93 @@ def test_hostile_lengths_take_no_time():
             shaped = question(kind, "12", options=asked.options)
             decide(shaped, unit * (3900 // len(unit)))
             decide(shaped, unit * 20000)
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "answer", "expected"),
+    [
+        ("How warm is it?", "-4", "minus four degrees", R),
+        ("How warm is it?", "-4", "4 °C below zero", R),
+        ("How warm is it?", "-4", "4 degrees", W),
+        ("How long is it?", "90 minutes", "1 h 30 min", R),
+        ("How long is it?", "90 minutes", "an hour and a half", R),
+        ("How long is it?", "1.5 hours", "1 hour, 40 minutes", W),
+        ("What does it cost?", "$12.50", "twelve dollars and fifty cents", R),
+        ("What does it cost?", "€0.50", "50 cents", R),
+        ("What does it cost?", "$12.50", "12.50 cents", W),
+        ("How heavy is it?", "500 g", "half a kilogram", R),
+        ("How heavy is it?", "500 g", "500 ml", U),
+        ("How large is the angle?", "60°", "60 degrees", R),
+        ("How large is the angle?", "60°", "60 radians", W),
+        ("How fast is it?", "36 km/h", "10 m/s", R),
+        ("How fast is it?", "3 m/s", "3 km/h", W),
+        ("How large is it?", "2 m²", "20000 cm^2", R),
+        ("What part is it?", "3/8", "three eighths", R),
+        ("How many are there?", "0", "None of them", R),
+        ("How many are there?", "4", "All of them", U),
+        ("How many are there?", "2", "a couple", U),
+        ("By how many percentage points did it rise?", "5", "0.05", W),
+        ("How fast?", r"3 \times 10^8", "3·10⁸", R),
+    ],
+)
+def test_quantities_as_they_are_spoken(text, truth, answer, expected):
+    assert decide(question("number", truth, text), answer).correct is expected
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "expected"),
+    [
+        ("(2, 5]", "(2,5]", R),
+        ("x ≤ 5", "x≤5", R),
+        ("a, b", "(a) b", R),
+    ],
+)
+def test_signs_of_formulas_are_compared(truth, answer, expected):
+    assert decide(question("text", truth), answer).correct is expected
+
+
+@pytest.mark.parametrize(("truth", "answer"), [("(2, 5]", "[2, 5)"), ("x ≤ 5", "x ≥ 5")])
+def test_formulas_that_differ_by_a_sign_are_not_the_same(truth, answer):
+    assert decide(question("text", truth), answer).correct is not True
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "expected"),
+    [
+        (r"6\sqrt{2}", "6√2", R),
+        (r"6\sqrt{2}", r"\sqrt{72}", R),
+        (r"6\sqrt{2}", r"2\sqrt{6}", W),
+        ("x^2 + 2x + 1", "x² + 2x + 1", R),
+        ("x^2 + 2x + 1", "$(x+1)^2$", R),
+        ("x^2 + 2x + 1", "$(x-1)^2$", W),
+        ("x^2 + 2x + 1", "it is the square of x plus one", U),
+        ("(2, 5]", "$2 < x \\le 5$", U),
+        ("(2, 5]", "[2, 5)", W),
+    ],
+)
+def test_formulas_by_math_verify(truth, answer, expected):
+    pytest.importorskip("math_verify")
+    kind = "number" if "sqrt" in truth else "text"
+    assert decide(question(kind, truth), answer).correct is expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "truth", "answer", "expected"),
+    [
+        ("text", "(555) 013-4477", "555 013 4477", R),
+        ("text", "(555) 013-4477", "555-013-4747", W),
+        ("text", "KA 512 B", "ka512b", R),
+        ("text", "-450", "450", U),
+        ("text", "1/200", "1200", U),
+        ("text", "STOP", "The sign says STOP", U),
+        ("text", "STOP", "It is STOP.", R),
+        ("list", "2, -3", "x = 2 or x = -3", R),
+        ("list", "2, -3", "-3 and 2", R),
+        ("list", "2, -3", "two and minus four", W),
+        ("list", "France and Spain", "Spain, France", R),
+        ("label", "Dr. J. Smith", "J. Smith", U),
+        ("label", "Dr. J. Smith", "Dr. K. Jones", W),
+    ],
+)
+def test_codes_lists_of_numbers_and_parts_of_names(kind, truth, answer, expected):
+    assert decide(question(kind, truth), answer).correct is expected

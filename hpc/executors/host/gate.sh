@@ -87,6 +87,17 @@ cancel_rest() {
   [ -z "$ids" ] || slurm scancel $ids
 }
 
+# Takes out of the queue what this stage, a decision, lets pass; the gates behind that then look,
+# and pass. What it misses (a later attempt, say) sees the decision itself.
+pass_over() {
+  local other id ids=
+  while read -r other; do
+    id=$(recorded "$prefix-$other-a[0-9]*")
+    [ -z "$id" ] || ids+=" $id"
+  done <"$run/slurm/passed-$stage"
+  [ -z "$ids" ] || slurm scancel $ids
+}
+
 # REASON: the chain ends here.
 stop() {
   [ -e "$run/STOPPED" ] || [ -e "$run/CANCELLED" ] || printf '%s\n' "$1" >"$run/STOPPED"
@@ -125,6 +136,7 @@ persist $inside "${payload[@]}"
 said=$(mktemp); trap 'rm -f "$said"' EXIT
 case $status in
   0)
+    [ ! -e "$run/slurm/passed-$stage" ] || pass_over
     if [ -e "$run/slurm/finished" ]; then
       cancel_rest  # a job that a node could not start is held for ever
       tell complete

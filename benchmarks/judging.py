@@ -1,0 +1,224 @@
+"""How far the rules of the answer judge can be trusted, and how much they leave open.
+
+    python benchmarks/judging.py [--part dev] [--out FOLDER]
+
+Judges every labelled pair by rule alone and compares with its label, which was set by hand
+before a rule was run on it. judging/first.jsonl is cut in two by a hash of the question: rules
+were mended on ``dev``, then run on ``test``, and what that told was mended too. So
+judging/fresh.jsonl was labelled after that: no rule was changed since it was first judged, and
+``fresh`` says what the rules are worth. Prints and writes results/judging.json and judging.md.
+
+Precision of *right*: of the answers that rules call right, the share that are. Recall of
+*right*: of the right answers, the share that rules call right. The same for *wrong*. *Left*:
+the share no rule decides, which goes to a language model. Intervals are 95 %, by resampling
+questions, since one question has several answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from insightv.assessment.rules import Decision, decide
+from insightv.evaluation.statistics import accuracy
+from insightv.records import Question
+
+HERE = Path(__file__).parent
+FIRST, FRESH = HERE / "judging" / "first.jsonl", HERE / "judging" / "fresh.jsonl"
+PARTS = ("dev", "test", "fresh")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A labelled pair and what the rules made of it."""
+
+    question: Question
+    given: str
+    right: bool
+    kind: str
+    part: str
+    decision: Decision
+
+    @property
+    def error(self) -> bool:
+        return self.decision.correct is not None and self.decision.correct != self.right
+
+
+def part_of(path: Path, question: str) -> str:
+    """All answers to a question belong to one part."""
+    if path == FRESH:
+        return "fresh"
+    return PARTS[hashlib.sha256(question.encode()).digest()[0] % 2]
+
+
+def judge(path: Path) -> list[Judged]:
+    judged = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        row = json.loads(line)
+        part = part_of(path, row["question"])
+        question = Question(
+            key=f"judging:{part}:{number}",
+            text=row["question"],
+            pictures=(),
+            answer=row["truth"],
+            answer_type=row["type"],
+            options=tuple(row.get("options", ())),
+            task=row.get("task", ""),
+        )
+        decision = decide(question, row["given"])
+        judged.append(Judged(question, row["given"], row["right"], row["kind"], part, decision))
+    return judged
+
+
+def measures(judged: Sequence[Judged]) -> dict[str, Any]:
+    """Shares with their intervals; None where there is nothing to take a share of."""
+
+    def share(
+        among: Callable[[Judged], bool], of: Callable[[Judged], bool]
+    ) -> dict[str, float | int] | None:
+        rows = [row for row in judged if among(row)]
+        if not rows:
+            return None
+        found = accuracy([of(row) for row in rows], [row.question.text for row in rows])
+        ends = {"low": round(found.low, 4), "high": round(found.high, 4)}
+        return {"value": round(found.value, 4), **ends, "n": len(rows)}
+
+    def called(outcome: bool) -> Callable[[Judged], bool]:
+        return lambda row: row.decision.correct is outcome
+
+    def labelled(outcome: bool) -> Callable[[Judged], bool]:
+        return lambda row: row.right is outcome
+
+    return {
+        "n": len(judged),
+        "questions": len({row.question.text for row in judged}),
+        "errors": sum(row.error for row in judged),
+        "left": share(lambda _: True, lambda row: row.decision.correct is None),
+        "right": {
+            "precision": share(called(True), labelled(True)),
+            "recall": share(labelled(True), called(True)),
+        },
+        "wrong": {
+            "precision": share(called(False), labelled(False)),
+            "recall": share(labelled(False), called(False)),
+        },
+    }
+
+
+def tables(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The measures of each part, each type of answer, each kind and each deciding rule."""
+    split: dict[str, dict[str, list[Judged]]] = defaultdict(lambda: defaultdict(list))
+    for row in judged:
+        split["part"][row.part].append(row)
+        split["part"]["all"].append(row)
+        split["answer type"][row.question.answer_type].append(row)
+        split["kind"][row.kind].append(row)
+        split["rule"][row.decision.rule].append(row)
+    return {
+        by: {name: measures(groups[name]) for name in sorted(groups, key=_place)}
+        for by, groups in split.items()
+    }
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Parts in the order they were labelled; everything else by name."""
+    return (PARTS.index(name) if name in PARTS else len(PARTS)), name
+
+
+def errors(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    return [
+        {
+            "part": row.part,
+            "type": row.question.answer_type,
+            "kind": row.kind,
+            "question": row.question.text,
+            "truth": row.question.answer,
+            "given": row.given,
+            "label": "right" if row.right else "wrong",
+            "rules": "right" if row.decision.correct else "wrong",
+            "rule": row.decision.rule,
+        }
+        for row in judged
+        if row.error
+    ]
+
+
+def render(result: dict[str, Any]) -> str:
+    """The tables in Markdown."""
+
+    def shown(share: dict[str, Any] | None) -> str:
+        if share is None:
+            return "–"
+        value, low, high = (f"{100 * share[name]:.0f}" for name in ("value", "low", "high"))
+        return f"{value} % [{low}, {high}]"
+
+    lines = [
+        "<!-- Written by benchmarks/judging.py. -->",
+        f"{result['pairs']} pairs; math-verify {result['math-verify'] or 'not installed'}.",
+    ]
+    for by, rows in result["tables"].items():
+        lines += [
+            "",
+            f"| {by} | pairs | errors | left to the LLM "
+            "| *right*: precision | recall | *wrong*: precision | recall |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, row in rows.items():
+            cells = [row["left"]]
+            cells += [row[side][what] for side in ("right", "wrong") for what in row[side]]
+            told = " | ".join(map(shown, cells))
+            lines.append(f"| {name} | {row['n']} | {row['errors']} | {told} |")
+    lines += ["", "Every error:", ""]
+    lines += [
+        "| part | question | truth | given | label | rules say |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["errors"]:
+        cells = [row["part"], row["question"], row["truth"], row["given"], row["label"]]
+        cells.append(f"{row['rules']} (`{row['rule']}`)")
+        told = (cell.replace("|", "\\|").replace("\n", " ⏎ ") for cell in cells)
+        lines.append(f"| {' | '.join(told)} |")
+    return "\n".join(lines) + "\n"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--part", choices=PARTS, help="look at one part only, and write nothing")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    asked = parser.parse_args()
+    judged = judge(FIRST) + judge(FRESH)
+    if asked.part:
+        judged = [row for row in judged if row.part == asked.part]
+        undecided = Counter(r.decision.detail for r in judged if r.decision.correct is None)
+        print("left open:", *(f"{n} {why}" for why, n in undecided.most_common()), sep="\n  ")
+    result = {
+        "pairs": len(judged),
+        "math-verify": version("math-verify"),
+        "tables": tables(judged),
+        "errors": errors(judged),
+    }
+    text = render(result)
+    print(text)
+    if not asked.part:
+        (asked.out / "judging.json").write_text(
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (asked.out / "judging.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The labelled answers, and what the documentation says of them."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from insightv.assessment.rules import decide
+from insightv.records import Question
+
+ROOT = Path(__file__).parents[2]
+PAIRS = [
+    json.loads(line)
+    for name in ("first", "fresh")
+    for line in (ROOT / f"benchmarks/judging/{name}.jsonl").read_text("utf-8").splitlines()
+]
+
+
+def decided(pair):
+    question = Question(
+        "judging:all:0",
+        pair["question"],
+        (),
+        pair["truth"],
+        pair["type"],
+        tuple(pair.get("options", ())),
+        pair.get("task", ""),
+    )
+    return decide(question, pair["given"])
+
+
+def test_the_pairs_are_many_balanced_and_different():
+    assert len(PAIRS) >= 300
+    assert 0.4 < sum(pair["right"] for pair in PAIRS) / len(PAIRS) < 0.6
+    assert len({(pair["question"], pair["given"]) for pair in PAIRS}) == len(PAIRS)
+
+
+def test_rules_that_decide_are_hardly_ever_wrong():
+    """With math-verify or without: what it would decide is then left open."""
+    outcomes = [(pair, decided(pair)) for pair in PAIRS]
+    wrong = [
+        (pair, decision)
+        for pair, decision in outcomes
+        if decision.correct is not None and decision.correct != pair["right"]
+    ]
+    assert len(wrong) <= 6, wrong
+    assert sum(decision.correct is None for _, decision in outcomes) < 0.36 * len(PAIRS)
+
+
+def test_the_documented_tables_are_what_the_command_prints(tmp_path):
+    pytest.importorskip("math_verify")
+    stored = json.loads((ROOT / "benchmarks/results/judging.json").read_text("utf-8"))
+    if importlib.metadata.version("math-verify") != stored["math-verify"]:
+        pytest.skip("another version of math-verify")
+    command = [sys.executable, ROOT / "benchmarks/judging.py", "--out", tmp_path]
+    subprocess.run(
+        command, check=True, cwd=tmp_path, capture_output=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert json.loads((tmp_path / "judging.json").read_text("utf-8")) == stored
+    told = (tmp_path / "judging.md").read_text("utf-8").splitlines()
+    documented = (ROOT / "docs/judge.md").read_text("utf-8").split("## Measured", 1)[1]
+    rows = [line for line in documented.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert not [row for row in rows if row not in told]
