@@ -129,6 +129,7 @@ def sgd(ranks: Ranks, folder: Path, name: str, base: str, stage: int, rate: floa
     batches, totals = whole_batch(backend, examples_of(folder, "dpo", backend.processor))
     for _ in range(20):
         assert backend.step(batches, totals, objective_of("dpo"), rate).applied
+    (folder / name).mkdir(exist_ok=True)
     backend.export(folder / name)
     backend._engine.destroy()
     deepspeed_backend._adam = adam
