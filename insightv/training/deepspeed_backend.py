@@ -447,7 +447,6 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
         "zero_optimization": zero,
         # torch's AdamW runs on a CPU too, without anything to compile.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
     }
 
 
