@@ -141,6 +141,9 @@ class DeepSpeedBackend:
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if not self._engine.was_step_applied():
+            # DeepSpeed 0.19.8 adds the next step's offloaded gradients to these.
+            sums = getattr(self._engine.optimizer, "averaged_gradients", {})
+            sums.update(dict.fromkeys(sums))
             return Outcome(loss, norm, False, {})
         return Outcome(loss, norm, True, objective.metrics(replies))
 
