@@ -203,8 +203,7 @@ def test_another_layout_goes_on(made):
     weights(made, "adam", "other", 1e-4)
 
 
-def test_one_copy_prepares_its_own_pictures_only(made):
-    """The packer's plan is that of one process: nothing a rank did changed what a step has."""
+def test_a_step_has_the_same_samples_on_any_ranks(made):
     keys = ("step", "samples", "tokens", "target_tokens", "shared_tokens", "lr")
     ours = [[line[key] for key in keys] for line in lines(made, "other")]
     assert ours == [[line[key] for key in keys] for line in lines(made, "torch-adam")]
