@@ -42,7 +42,7 @@ import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from families import picture, save_family  # noqa: E402
 
-from insightv import models  # noqa: E402
+from insightv import chats, models  # noqa: E402
 from insightv.pictures import Pictures, PictureWriter  # noqa: E402
 from insightv.records import Message, PreferencePair, TrainingSample  # noqa: E402
 from insightv.training.batches import Encoder  # noqa: E402
@@ -222,7 +222,7 @@ def trl_dpo(case: Case, size: int, folder: Path) -> Callable[[], Any]:
         rows.append(
             {
                 "images": [case.pictures.image(row["pictures"][0])],
-                "prompt": models.render(loaded.processor, prompt, 1),
+                "prompt": chats.render(loaded.processor, prompt, 1),
                 "chosen": row["chosen"] + eos,
                 "rejected": row["rejected"] + eos,
             }
@@ -245,7 +245,7 @@ def trl_sft(case: Case, size: int, folder: Path) -> Callable[[], Any]:
         rows.append(
             {
                 "images": [case.pictures.image(row["pictures"][0])],
-                "prompt": models.render(loaded.processor, turns[:1], 1),
+                "prompt": chats.render(loaded.processor, turns[:1], 1),
                 "completion": turns[1].text + loaded.tokenizer.eos_token,
             }
         )

@@ -1,4 +1,4 @@
-"""The two kinds of failure the toolkit speaks of."""
+"""The two kinds of failure the toolkit speaks of, and a library's failure in one line."""
 
 
 class UserError(Exception):
@@ -13,3 +13,8 @@ class RecordError(Exception):
 
     The stage goes on. Whether it succeeds is decided by its limit on errors.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, for the end of a message: on one line, cut after 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -44,7 +44,10 @@ _CURES = (
     ("subuid", "ask an administrator for subordinate ids in /etc/subuid and /etc/subgid"),
     ("no such host", "no internet here; make a bundle where there is, then --offline BUNDLE"),
     ("dial tcp", "no internet here; make a bundle where there is, then --offline BUNDLE"),
-    ("hashes", "a package is not the one that was locked; lock anew, or mend the index"),
+    (
+        "do not match the hashes",
+        "a package is not the one that was locked; lock anew, or mend the index",
+    ),
     ("no matching distribution", "a package is missing; complete the bundle or the index"),
     ("could not resolve", "no internet here; make a bundle where there is, then --offline BUNDLE"),
 )

@@ -18,7 +18,8 @@ from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
 from hpc.stages import Stage
 from insightv import payloads
-from insightv.config import NONE, ChainConfig, ModelConfig, folders
+from insightv.chainfile import folders
+from insightv.config import NONE, ChainConfig, ModelConfig
 from insightv.evaluation import stopping
 from insightv.evaluation.answering import EntryConfig
 from insightv.generation import GenerationConfig

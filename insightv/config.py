@@ -6,18 +6,10 @@ keys. What a run really used stands resolved in its ``chain.yaml``.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import insightv
-from hpc.config import load, unhashed, unhashed_factory
+from hpc.config import unhashed, unhashed_factory
 from hpc.errors import UserError
 from insightv.assessment.judge import JudgeConfig
 from insightv.assessment.scoring import ScoreConfig
@@ -27,25 +19,19 @@ from insightv.engines import EngineConfig
 from insightv.evaluation.answering import CallConfig
 from insightv.evaluation.results import LADDER
 from insightv.evaluation.stopping import EarlyStopConfig
+from insightv.folders import EMBEDDED
 from insightv.generation import GenerationConfig
-from insightv.prompting import FOLDER, load_prompts
-from insightv.questions import Place, SetConfig, count_questions, load_set
+from insightv.questions import Place, SetConfig, count_questions
 from insightv.questions.making import DUPLICATES
-from insightv.questions.sources import files, fingerprint
 from insightv.training.config import DPOConfig, ReferenceConfig, SFTConfig
 
 SETS = ("charts", "reading", "shapes")
 SPLITS = ("validation", "test")
-EMBEDDED = "tiny"
-"""Names the model that is shipped with the package."""
 NONE = "none"
 """Names no model."""
 
 MOST_ROUNDS = 100
 """Each round has six stages of its own; the paper has 3 rounds."""
-
-_BLOCK, _BLOCKS = 1 << 16, 64
-_TEXT = re.compile(r"(models\.\w+\.(?:path|prompts))=\s*\Z")
 
 
 @dataclass
@@ -357,205 +343,3 @@ class ChainConfig:
     error_limit: float = unhashed(0.02)
     engine: EngineConfig = field(default_factory=EngineConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
-
-
-def read(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
-    """Reads and checks a chain file, and resolves what depends on this machine.
-
-    Raises:
-        UserError: An unknown key, an impossible value, a folder that is no model.
-    """
-    config = checked(path, overrides)
-    resolve(config)
-    return config
-
-
-def checked(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
-    """Reads a chain file and checks its values; models and prompts are not looked at.
-
-    Raises:
-        UserError: An unknown key, or an impossible value.
-    """
-    # An empty value is none in YAML; for what names a model, empty means something.
-    config = load(ChainConfig, path, [_TEXT.sub(r"\1=''", o) for o in overrides])
-    _load_sets(config.questions, path.parent)
-    for key, value in leaves(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} is {value}: give a finite number")
-    _validate(config)
-    if not 0 <= config.error_limit <= 1:
-        raise UserError(f"error_limit is {config.error_limit}: give a share from 0 to 1")
-    return config
-
-
-def resolve(config: ChainConfig) -> None:
-    """Resolves what depends on this machine: folders, prompts, and what models hold.
-
-    Raises:
-        UserError: A folder that is no model, or a set of prompts that is none.
-    """
-    base = config.models.base
-    if base.path in ("", NONE):
-        raise UserError("models.base.path: give a model folder, or tiny")
-    for role in ("base", "generator", "judge", "scorer"):
-        _resolve(role, getattr(config.models, role), base)
-    asked = config.questions
-    if asked.mappings or asked.held_out_mappings:
-        asked.folder = str(Path(asked.folder).expanduser().absolute())
-    for mapping in (*asked.mappings, *asked.held_out_mappings):
-        for name, split in mapping.splits.items():
-            if asked.most(mapping, name) != 0 or name != "train":
-                split.digest = fingerprint(mapping, name, asked.place)
-    for mapping in asked.mappings:
-        for name in mapping.splits:
-            if asked.most(mapping, name) is None and not files(mapping, name, asked.place):
-                raise UserError(
-                    f"questions.take: give the sizes of {mapping.name}; what the hub holds of it "
-                    "is not known before"
-                )
-
-
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a configuration with its key; also those in free dictionaries."""
-    inner = dataclasses.is_dataclass(config)
-    for name, value in (vars(config) if inner else config).items():
-        if dataclasses.is_dataclass(value) or (isinstance(value, dict) and value):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def model_folder(path: str) -> Path:
-    """The folder of a configured model."""
-    return Path(insightv.__file__).parent / "demo" / "model" if path == EMBEDDED else Path(path)
-
-
-def folders(config: ChainConfig) -> list[Path]:
-    """The folders of this machine that a resolved configuration names: models and prompts."""
-    models = config.models
-    named = [
-        name
-        for model in (models.base, models.generator, models.judge, models.scorer)
-        for name in (model.path, model.prompts)
-    ]
-    asked = config.questions
-    named += [str(asked.place.of(m)) for m in (*asked.mappings, *asked.held_out_mappings)]
-    return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
-
-
-def _load_sets(asked: QuestionsSection, beside: Path) -> None:
-    """Reads the files of sets; from then on they stand in the configuration itself.
-
-    Raises:
-        UserError: A file is missing or wrong.
-    """
-    for names, mappings in (
-        (asked.sets, asked.mappings),
-        (asked.held_out, asked.held_out_mappings),
-    ):
-        for name in names:
-            given = Path(name).expanduser()
-            mappings.append(load_set(beside / given if (beside / given).is_file() else given))
-        names.clear()
-
-
-def _validate(config: ChainConfig) -> None:
-    """Lets every section check itself; those of several places are told where they stand."""
-    for section in vars(config).values():
-        if hasattr(section, "validate"):
-            section.validate()
-    for owner in ("training", "rounds"):
-        for name, section in vars(getattr(config, owner)).items():
-            if hasattr(section, "validate"):
-                section.validate(f"{owner}.{name}")
-
-
-def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:
-    """Makes a model's paths absolute and notes what the folder holds."""
-    if model.path == NONE:
-        if role != "judge":
-            raise UserError(f"models.{role}.path: only the judge can be none")
-        return
-    if not model.path:
-        model.path, model.prompts = base.path, model.prompts or base.prompts
-    if not model.prompts:
-        model.prompts = EMBEDDED if model.path == EMBEDDED else "default"
-    if model.path != EMBEDDED:
-        model.path = str(Path(model.path).expanduser().absolute())
-    load_prompts(model.prompts)
-    if Path(model.prompts).is_dir() and not (FOLDER / model.prompts).is_dir():
-        model.prompts = str(Path(model.prompts).absolute())
-    try:
-        model.digest = _fingerprint(model_folder(model.path))
-    except UserError as error:
-        raise UserError(f"models.{role}.path: {error}") from None
-
-
-def _fingerprint(folder: Path) -> str:
-    """Tells models apart without reading gigabytes: sizes and samples of their weights.
-
-    Raises:
-        UserError: The folder is no model in Hugging Face format.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; give a model in Hugging Face format, or tiny")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
-        raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
-    _check_config(folder / "config.json")
-    _check_weights(folder, weights)
-    summed = hashlib.sha256()
-    for path in [folder / "config.json", *weights]:
-        size = path.stat().st_size
-        summed.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(place)
-                summed.update(file.read(_BLOCK))
-    return summed.hexdigest()[:16]
-
-
-def _check_config(path: Path) -> None:
-    """Refuses what is no model's configuration.
-
-    Raises:
-        UserError: It is damaged, or does not say what kind of model it is of.
-    """
-    try:
-        kind = json.loads(path.read_text())["model_type"]
-    except (ValueError, TypeError, KeyError):
-        kind = None
-    if not isinstance(kind, str):
-        raise UserError(f"{path} is damaged, or names no model_type; fetch it again")
-
-
-def _check_weights(folder: Path, weights: Sequence[Path]) -> None:
-    """Finds cut and missing weights by the files' own heads, before any work has begun.
-
-    A safetensors file begins with the length of its head (8 bytes, little-endian) and the head,
-    JSON, in which each tensor has the offsets of its bytes behind the head.
-
-    Raises:
-        UserError: A file is cut off or is none, or one that the folder's index names is missing.
-    """
-    for path in weights:
-        size = path.stat().st_size
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                head = json.loads(file.read(length if length < size else 0))
-            ends = [entry["data_offsets"][1] for name, entry in head.items() if name[:2] != "__"]
-            wanted = 8 + length + max(ends, default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise UserError(f"{path} is no safetensors file, or cut off; fetch it again") from None
-        if size != wanted:
-            raise UserError(f"{path} has {size:,} of {wanted:,} bytes; fetch it again")
-    index = folder / "model.safetensors.index.json"
-    try:
-        listed = set(json.loads(index.read_text())["weight_map"].values())
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{index} is no index of weights; fetch it again") from None
-    if missing := sorted(listed - {path.name for path in weights}):
-        raise UserError(f"{folder} lacks {missing[0]}, which its index names; fetch it again")

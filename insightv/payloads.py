@@ -17,7 +17,8 @@ from hpc.errors import UserError
 from hpc.rundir import RunDir
 from hpc.shards import join, read_rows, write_groups
 from hpc.stages import Context, Counts, Mapper, Row
-from insightv.config import ChainConfig, model_folder
+from insightv.config import ChainConfig
+from insightv.folders import model_folder
 from insightv.pictures import Pictures, PictureWriter
 from insightv.prompting import Prompts, load_prompts
 from insightv.records import Question, TrainingSample, seed_for

@@ -18,9 +18,10 @@ from hpc.forecasting import Forecast, Measured, extrapolate, measure, path_of
 from hpc.retention import size
 from hpc.rundir import Chain, RunDir
 from insightv.chain import ENTRIES
-from insightv.config import MOST_ROUNDS, SETS, ChainConfig, model_folder
+from insightv.config import MOST_ROUNDS, SETS, ChainConfig
 from insightv.demo.sets import Sizes
 from insightv.evaluation.stopping import CHOICE
+from insightv.folders import model_folder
 
 _SPLITS = ("train", "validation", "test")
 _SHARDS = 8  # enough to see how much they differ
@@ -131,7 +132,7 @@ def rehearsal_of(run: RunDir) -> RunDir:
 def from_rehearsal(config: ChainConfig, chain: Chain, profile: Profile) -> Forecast | None:
     """A forecast from a run's rehearsal; None unless that is complete for this very chain."""
     from insightv.chain import assemble
-    from insightv.config import read
+    from insightv.chainfile import read
 
     rehearsed = rehearsal_of(chain.run)
     done = read(rehearsed.chain_file)

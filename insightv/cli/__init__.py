@@ -112,7 +112,8 @@ def _key_for(error: Any) -> str:
     command = error.ctx.command if error.ctx else None
     if not option or not command or "overrides" not in {item.name for item in command.params}:
         return ""
-    from insightv.config import ChainConfig, leaves
+    from insightv.chainfile import leaves
+    from insightv.config import ChainConfig
     from insightv.training.config import DPOConfig, SFTConfig
 
     kind = {"sft": SFTConfig, "dpo": DPOConfig}.get(command.name, ChainConfig)

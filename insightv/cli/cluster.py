@@ -40,7 +40,7 @@ def submit(
     from hpc.cluster import read_profile
     from hpc.rundir import RunDir
     from insightv.chain import assemble
-    from insightv.config import read
+    from insightv.chainfile import read
 
     profile = read_profile(cluster)
     config = read(chain, overrides or ())

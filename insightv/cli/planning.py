@@ -49,8 +49,8 @@ def plan(
     from hpc.rundir import RunDir
     from hpc.submission import fitted
     from insightv.chain import assemble
+    from insightv.chainfile import read
     from insightv.cli.rehearsal import table
-    from insightv.config import read
     from insightv.rehearsal import forecast_of
 
     profile, config = read_profile(cluster), read(chain, overrides or ())

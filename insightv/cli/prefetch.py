@@ -26,7 +26,8 @@ def prefetch(
     to: Annotated[Path, typer.Option(help="Where models from the hub go.")] = Path("models"),
 ) -> None:
     """Fetch and check a chain's models and sets; jobs then run with HF_HUB_OFFLINE=1."""
-    from insightv.config import NONE, checked, resolve
+    from insightv.chainfile import checked, resolve
+    from insightv.config import NONE
     from insightv.models import digest_of
 
     config = checked(chain, overrides or ())
@@ -61,7 +62,7 @@ def _model(role: str, path: str, to: Path) -> Path:
     Raises:
         UserError: It is neither a folder nor to be had.
     """
-    from insightv.config import model_folder
+    from insightv.folders import model_folder
 
     if not _is_hub(path):
         return model_folder(path).expanduser().absolute()

@@ -48,7 +48,7 @@ def rehearse(
     from hpc.forecasting import keep
     from hpc.rundir import RunDir
     from insightv.chain import assemble
-    from insightv.config import read
+    from insightv.chainfile import read
     from insightv.rehearsal import from_rehearsal, rehearsal_of, small
 
     profile = read_profile(cluster) if cluster is not None else None

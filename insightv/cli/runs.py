@@ -60,7 +60,7 @@ def run(
     """Run a chain here; the same command resumes it."""
     from hpc.rundir import RunDir
     from insightv.chain import assemble
-    from insightv.config import read
+    from insightv.chainfile import read
 
     config = read(chain, overrides or ())
     target = RunDir(run_dir or Path("runs") / chain.stem)
@@ -73,7 +73,7 @@ def retry(directory: RunArgument, other_image: OtherImageOption = False) -> None
     """Resume a run that stopped or was cancelled, where it was made: here or on its cluster."""
     from hpc.cluster import read_profile
     from hpc.submission import on_cluster, profile_path
-    from insightv.config import read
+    from insightv.chainfile import read
 
     chain = opened(directory)
     if on_cluster(chain.run):

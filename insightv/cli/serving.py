@@ -35,9 +35,9 @@ def serve(
         raise UserError(
             f"insightv serve needs {error.name}: pip install 'insightv-hpc[serve]'"
         ) from None
-    from insightv.config import model_folder
     from insightv.engines import Engine, load_engine
     from insightv.evaluation.answering import EntryConfig
+    from insightv.folders import model_folder
     from insightv.prompting import load_prompts
 
     run = opened(directory).run

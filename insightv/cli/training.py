@@ -53,7 +53,7 @@ def sft(
 ) -> int:
     """Fine-tune on training samples; the same command resumes."""
     from hpc.config import load
-    from insightv.config import model_folder
+    from insightv.folders import model_folder
     from insightv.training.config import SFTConfig
 
     settings = load(SFTConfig, config, overrides or ())
@@ -79,7 +79,7 @@ def dpo(
 ) -> int:
     """Train on preference pairs; the same command resumes."""
     from hpc.config import load
-    from insightv.config import model_folder
+    from insightv.folders import model_folder
     from insightv.training.config import DPOConfig
 
     settings = load(DPOConfig, config, overrides or ())

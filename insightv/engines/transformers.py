@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hpc.errors import RecordError
-from insightv import models
+from insightv import chats, models
 from insightv.engines.base import Completion, Request
 from insightv.engines.caching import Cache
 from insightv.engines.config import EngineConfig
@@ -33,7 +33,7 @@ class _Job:
     """A request on its way: encoded, with its token limit and the future of its reply."""
 
     request: Request
-    encoding: models.Encoding
+    encoding: chats.Encoding
     limit: int
     reply: asyncio.Future[Completion]
 
@@ -116,12 +116,12 @@ class TransformersEngine:
         self._model = None
         _free()
 
-    def _encode(self, request: Request) -> models.Encoding:
+    def _encode(self, request: Request) -> chats.Encoding:
         encoded = [self._cache.get(picture) for picture in request.pictures]
-        return models.encode(self._processor, request.messages, encoded)
+        return chats.encode(self._processor, request.messages, encoded)
 
-    def _encode_picture(self, picture: str) -> models.EncodedPicture:
-        return models.encode_picture(self._processor, self._pictures.image(picture))
+    def _encode_picture(self, picture: str) -> chats.EncodedPicture:
+        return chats.encode_picture(self._processor, self._pictures.image(picture))
 
     async def _run(self) -> None:
         """Runs batches until nothing waits."""
@@ -197,11 +197,11 @@ class TransformersEngine:
     def _generate(self, batch: list[_Job]) -> list[Completion]:
         """One batch through the model; prompts that are the same are read once."""
         model = self._model
-        prompts: dict[tuple[tuple[int, ...], tuple[str, ...]], models.Encoding] = {}
+        prompts: dict[tuple[tuple[int, ...], tuple[str, ...]], chats.Encoding] = {}
         keys = [(tuple(job.encoding.ids), job.request.pictures) for job in batch]
         for key, job in zip(keys, batch, strict=True):
             prompts.setdefault(key, job.encoding)
-        inputs = models.collate(list(prompts.values()), self._tokenizer.pad_token_id)
+        inputs = chats.collate(list(prompts.values()), self._tokenizer.pad_token_id)
         for name, tensor in inputs.items():
             dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
             inputs[name] = tensor.to(model.device, dtype)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -19,17 +17,13 @@ from insightv.questions.duplicates import Fingerprint
 from insightv.questions.mapping import SetConfig
 from insightv.questions.media import PictureSink, Sides, encoded, prepare
 from insightv.questions.sources import Place, count, field, rows
+from insightv.questions.texts import LETTERS, as_options, as_text, kind_of, options_of, placed
 from insightv.records import AnswerType, Question, seed_for
 
 __all__ = ["Asked", "Dropped", "Place", "count_questions", "read_questions"]
 
 REMEMBERED = 4096
 """Pictures that are not looked at again when the next rows show them too."""
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_PLACEHOLDER = re.compile(r"<image[ _]?(\d*)>")
-_OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]+(\S.*?)[ \t]*$", re.M)
-_NUMBER = re.compile(r"[-−+]?[$€£]?\s?\d[\d,]*(?:\.\d+)?\s?%?|[-−+]?\.\d+")
-_FORMULA = re.compile(r"\$?[-\d\s+*/^(){}.]*\\(?:d?frac|sqrt|pi|times|cdot)\b.*")
 
 
 @dataclass(frozen=True)
@@ -234,9 +228,9 @@ class _Reader:
     def _posed(self, row: Row) -> list[_Posed]:
         mapping, turns = self.mapping, self.mapping.turns
         if not turns.column:
-            options = _options(field(row, mapping.options)) if mapping.options else ()
+            options = as_options(field(row, mapping.options)) if mapping.options else ()
             question, answer = field(row, mapping.question), field(row, mapping.answer)
-            return [_Posed(_text(question), answer, options)]
+            return [_Posed(as_text(question), answer, options)]
         said = field(row, turns.column)
         if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
             raise RecordError(f"row: {turns.column} holds no turns")
@@ -250,7 +244,7 @@ class _Reader:
             ]
         if not pairs:
             raise RecordError(f"row: {turns.column} holds no question with an answer")
-        return [_Posed(_text(q), a) for q, a in pairs[: turns.most or None]]
+        return [_Posed(as_text(q), a) for q, a in pairs[: turns.most or None]]
 
     def _fields(self, row: Row, posed: _Posed) -> tuple[str, tuple[str, ...], str, AnswerType]:
         """Text, options, answer and its type.
@@ -262,11 +256,11 @@ class _Reader:
         for literal in mapping.remove:
             text = text.replace(literal, "")
         if mapping.options_in_question and not options:
-            text, options = _options_of(text)
+            text, options = options_of(text)
         text = text.strip()
         if not text:
             raise RecordError("question: empty")
-        context = [_text(field(row, name)).strip() for name in mapping.context]
+        context = [as_text(field(row, name)).strip() for name in mapping.context]
         text = "\n".join([*filter(None, context), text])
         if len(options) > len(LETTERS):
             raise _Unsuited(f"question: more than {len(LETTERS)} options")
@@ -275,7 +269,9 @@ class _Reader:
             raise _Unsuited("answer: none (as in test splits whose answers are kept back)")
         kind = mapping.answer_type
         if kind == "auto":
-            kind = "choice" if options else "list" if several else _kind(answer, mapping.otherwise)
+            kind = (
+                "choice" if options else "list" if several else kind_of(answer, mapping.otherwise)
+            )
         if kind == "choice":
             answer = self._letter(answer, options)
             lines = (f"({mark}) {option}" for mark, option in zip(LETTERS, options, strict=False))
@@ -290,14 +286,14 @@ class _Reader:
         """The answer's text, and whether it is several."""
         mapping = self.mapping
         if isinstance(value, (list, tuple)):
-            said = [text for item in value if (text := self._clean(_text(item)))]
+            said = [text for item in value if (text := self._clean(as_text(item)))]
             if mapping.several == "list":
                 return ", ".join(said), len(said) > 1
             if mapping.several == "commonest":
                 same = Counter(map(normal, said))
                 return max(said, key=lambda text: same[normal(text)], default=""), False
             return (said[0] if said else ""), False
-        return self._clean(_text(value)), False
+        return self._clean(as_text(value)), False
 
     def _clean(self, text: str) -> str:
         text = text.strip()
@@ -388,12 +384,12 @@ class _Reader:
     ) -> Asked:
         mapping = self.mapping
         text, options, answer, kind = fields
-        task = _text(field(row, mapping.task)) if mapping.task else ""
-        group = _text(field(row, mapping.group)) if mapping.group else ""
+        task = as_text(field(row, mapping.task)) if mapping.task else ""
+        group = as_text(field(row, mapping.group)) if mapping.group else ""
         group = group or (shown.fingerprints[0].digest[:16] if shown.ids else key)
         question = Question(
             key=key,
-            text=_placed(text, len(shown.ids)),
+            text=placed(text, len(shown.ids)),
             pictures=shown.ids,
             answer=answer,
             answer_type=kind,
@@ -414,67 +410,3 @@ def _hashed(data: list[bytes], number: int) -> float:
     """A number from 0 to 1 that is the same for all rows with this first picture."""
     mark = hashlib.sha256(data[0]).digest() if data else str(number).encode()
     return int.from_bytes(hashlib.sha256(b"split" + mark).digest()[:8], "big") / 2**64
-
-
-def _text(value: Any) -> str:
-    """A value as text that can be stored; whole floats without a point, nothing for null."""
-    if value is None:
-        return ""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    return str(value).encode("utf-8", "replace").decode()  # JSON may hold half a character
-
-
-def _options(value: Any) -> tuple[str, ...]:
-    """Options as texts, from a list or from one that is written out.
-
-    Raises:
-        RecordError: Neither.
-    """
-    if isinstance(value, str) and value.strip():
-        value = _written(value)
-    if value is None or value == "":
-        return ()
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, (list, tuple)):
-        raise RecordError("options: not a list")
-    return tuple(_text(option).strip() for option in value)
-
-
-def _written(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return text
-
-
-def _options_of(text: str) -> tuple[str, tuple[str, ...]]:
-    """The lines ``A. …``, ``B. …`` at the end of a question, taken off it."""
-    found = list(_OPTION.finditer(text))
-    while found and found[0][1] != "A":
-        found.pop(0)
-    if len(found) < 2 or [match[1] for match in found] != list(LETTERS[: len(found)]):
-        return text, ()
-    return text[: found[0].start()].rstrip(), tuple(match[2] for match in found)
-
-
-def _kind(answer: str, otherwise: str) -> str:
-    if normal(answer) in ("yes", "no", "true", "false"):
-        return "yes_no"
-    if _NUMBER.fullmatch(answer.strip()) or _FORMULA.fullmatch(answer.strip()):
-        return "number"
-    return otherwise
-
-
-def _placed(text: str, pictures: int) -> str:
-    """Placeholders of pictures, which stand before the text here, as words or not at all."""
-
-    def said(match: re.Match[str]) -> str:
-        return f"(picture {match[1]})" if match[1] and pictures > 1 else ""
-
-    return re.sub(r"[ \t]{2,}", " ", _PLACEHOLDER.sub(said, text)).strip()

@@ -26,7 +26,7 @@ import numpy as np
 
 from hpc.errors import RecordError, UserError
 from hpc.stages import Row
-from insightv import models
+from insightv import chats
 from insightv.pictures import Pictures
 from insightv.records import Message, PreferencePair, RecordFormatError, TrainingSample, seed_for
 from insightv.training.ranks import Ranks
@@ -45,7 +45,7 @@ class Reply:
         spans: Half-open ranges of ``encoding.ids`` that are targets.
     """
 
-    encoding: models.Encoding
+    encoding: chats.Encoding
     spans: tuple[tuple[int, int], ...]
 
     @property
@@ -80,11 +80,11 @@ class PictureCache:
     def __init__(self, processor: Any, pictures: Pictures, limit: int):
         """Nothing is prepared before it is asked for; ``limit`` is in bytes."""
         self._processor, self._pictures, self._limit = processor, pictures, limit
-        self._kept: OrderedDict[str, models.EncodedPicture] = OrderedDict()
+        self._kept: OrderedDict[str, chats.EncodedPicture] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def __call__(self, picture: str) -> models.EncodedPicture:
+    def __call__(self, picture: str) -> chats.EncodedPicture:
         """The prepared picture.
 
         Raises:
@@ -94,7 +94,7 @@ class PictureCache:
             if picture in self._kept:
                 self._kept.move_to_end(picture)
                 return self._kept[picture]
-        encoded = models.encode_picture(self._processor, self._pictures.image(picture))
+        encoded = chats.encode_picture(self._processor, self._pictures.image(picture))
         with self._lock:
             if picture not in self._kept and encoded.bytes <= self._limit:
                 self._kept[picture] = encoded
@@ -149,20 +149,20 @@ class Encoder:
             raise UserError(f"training sample {key}: the chat must begin with a user turn")
         shown = [self._picture(picture) for picture in pictures]
         last = trained[-1]
-        prompt = models.encode(self.processor, messages[:last], shown)
+        prompt = chats.encode(self.processor, messages[:last], shown)
         target = self._target(messages, last)
         length = len(prompt.ids) + len(target)
         if length > self.max_length:
             raise TooLong(f"{length} tokens, more than max_length {self.max_length}")
         spans = [self._earlier(messages, turn, shown, prompt) for turn in trained[:-1]]
         marks = {name: [*values, *[0] * len(target)] for name, values in prompt.marks.items()}
-        whole = models.Encoding(prompt.ids + target, marks, prompt.pictures)
+        whole = chats.Encoding(prompt.ids + target, marks, prompt.pictures)
         return Reply(whole, (*spans, (len(prompt.ids), length)))
 
     def _target(self, messages: Sequence[Message], turn: int) -> list[int]:
         """Tokens of an assistant turn as the model writes them, end of turn included."""
-        asked = models.render(self.processor, messages[:turn], 0)
-        answered = models.render(self.processor, messages[: turn + 1], 0)
+        asked = chats.render(self.processor, messages[:turn], 0)
+        answered = chats.render(self.processor, messages[: turn + 1], 0)
         if not answered.startswith(asked):
             raise RecordError("the chat template changes a turn's beginning once it is answered")
         text = answered[len(asked) :]
@@ -170,10 +170,10 @@ class Encoder:
         return [*ids, *self._tail]
 
     def _earlier(
-        self, messages: Sequence[Message], turn: int, shown: list[Any], prompt: models.Encoding
+        self, messages: Sequence[Message], turn: int, shown: list[Any], prompt: chats.Encoding
     ) -> tuple[int, int]:
         """Where an earlier trained turn stands in the prompt of the last one."""
-        asked = models.encode(self.processor, messages[:turn], shown).ids
+        asked = chats.encode(self.processor, messages[:turn], shown).ids
         target = self._target(messages, turn)
         start, stop = len(asked), len(asked) + len(target)
         if prompt.ids[:start] != asked or prompt.ids[start:stop] != target:

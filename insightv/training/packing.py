@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from insightv import models
+from insightv import chats, models
 from insightv.training.balance import Cost, plan
 from insightv.training.batches import Example
 
@@ -64,7 +64,7 @@ class Tree:
     key: str
     ids: list[int]
     marks: dict[str, list[int]]
-    pictures: tuple[models.EncodedPicture, ...]
+    pictures: tuple[chats.EncodedPicture, ...]
     positions: Tensor
     lengths: tuple[int, ...]
     places: list[int]
@@ -75,12 +75,12 @@ class Tree:
     unshared: int
 
     @classmethod
-    def of(cls, example: Example, positions: Callable[[models.Encoding], Tensor]) -> Tree:
+    def of(cls, example: Example, positions: Callable[[chats.Encoding], Tensor]) -> Tree:
         """Lays an example out.
 
         Args:
             example: Its replies answer the same prompt.
-            positions: Position ids of one sequence, [n] or [3, n] (`models.positions`).
+            positions: Position ids of one sequence, [n] or [3, n] (`chats.positions`).
         """
         encodings = [reply.encoding for reply in example.replies]
         first = encodings[0]
@@ -252,7 +252,7 @@ def collate(
             "input_ids": ids,
             "position_ids": positions,
             **marks,
-            **models.picture_tensors([picture for tree in trees for picture in tree.pictures]),
+            **chats.picture_tensors([picture for tree in trees for picture in tree.pictures]),
         },
         segments=segments,
         prefixes=prefixes,
@@ -324,7 +324,7 @@ class Packer:
         models.check_packable(model)
         self.pad_token, self.budget, self.ragged = pad_token, budget, ragged
         self.multiple, self.alike = multiple, alike
-        self.positions = models.positions(model)
+        self.positions = chats.positions(model)
         self.cost = Cost.of(model)
 
     def tree(self, example: Example) -> Tree:

@@ -127,7 +127,9 @@ def test_close_leaves_nothing_behind(tmp_path: Path) -> None:
         until(lambda: executor.state(handle), lambda state: len(state.processes) == 2)  # noqa: B023
         processes = executor.state(handle).processes
         executor.close()
-        assert executor.state(handle).running == 0 and all(gone(pid) for pid in processes)
+        assert executor.state(handle).running == 0
+        # A process that was killed may take a moment to go, on a machine with much to do.
+        until(lambda: [pid for pid in processes if not gone(pid)], lambda left: not left)  # noqa: B023
 
 
 @pytest.mark.parametrize("preload", [[], ["json"]])

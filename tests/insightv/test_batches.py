@@ -11,7 +11,7 @@ from training_case import FINAL, loaded, pair_rows, path, sample_rows, store
 
 from hpc import shards
 from hpc.errors import RecordError, UserError
-from insightv import models
+from insightv import chats
 from insightv.pictures import Pictures, PictureWriter
 from insightv.records import Message, TrainingSample
 from insightv.training import batches
@@ -42,7 +42,7 @@ def test_inference_tokens_are_a_prefix_of_training_tokens(name, pictures):
     reply = encoder(name, pictures).sample(row).replies[0]
     images = [pictures.image(ids[1]), pictures.image(ids[3])]
     for (start, stop), turn in zip(reply.spans, (1, 3), strict=True):
-        asked = models.encode(processor, chat[:turn], images)
+        asked = chats.encode(processor, chat[:turn], images)
         assert reply.encoding.ids[:start] == asked.ids
         for mark, values in asked.marks.items():
             assert reply.encoding.marks[mark][:start] == values
@@ -52,7 +52,7 @@ def test_inference_tokens_are_a_prefix_of_training_tokens(name, pictures):
         # A path that is gone on with step by step is made of the same tokens.
         half = path(3, 1).split("\n")[0] + "\n"
         if turn == 1:
-            going_on = models.encode(processor, (*chat[:1], Message("assistant", half)), images)
+            going_on = chats.encode(processor, (*chat[:1], Message("assistant", half)), images)
             assert reply.encoding.ids[: len(going_on.ids)] == going_on.ids
     assert len(reply.encoding.ids) == reply.spans[-1][1]
 
@@ -76,7 +76,7 @@ def test_training_tokens_are_the_processors_own(name, pictures):
     expected = whole["input_ids"][0].tolist()
     assert expected[: len(reply.encoding.ids)] == reply.encoding.ids
     assert processor.tokenizer.decode(expected[len(reply.encoding.ids) :]).strip() == ""
-    made = models.collate([reply.encoding], 0, side="right")
+    made = chats.collate([reply.encoding], 0, side="right")
     for key in made.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
         torch.testing.assert_close(made[key], whole[key])
 
@@ -98,7 +98,7 @@ def test_only_marked_turns_are_targets(pictures):
     (start, stop), ids_ = reply.spans[0], reply.encoding.ids
     assert tokenizer.decode(ids_[start:stop]) == "second<|im_end|>"
     assert "third" not in tokenizer.decode(ids_)
-    tree = Tree.of(example, models.positions(loaded("llava").model))
+    tree = Tree.of(example, chats.positions(loaded("llava").model))
     assert [ids_[place + 1] for place in tree.places] == tree.targets == ids_[start:stop]
 
 
@@ -236,7 +236,7 @@ def test_the_picture_cache_is_bounded(tmp_path):
     asked = []
     original = pictures.image
     pictures.image = lambda key: asked.append(key) or original(key)
-    size = models.encode_picture(loaded("llava").processor, original(ids[0])).bytes
+    size = chats.encode_picture(loaded("llava").processor, original(ids[0])).bytes
     cache = batches.PictureCache(loaded("llava").processor, pictures, 3 * size)
     for key in [*ids, ids[5], ids[4], ids[3]]:
         cache(key)

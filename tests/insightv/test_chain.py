@@ -12,7 +12,8 @@ from hpc.config import dump, load
 from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
 from insightv.chain import ENTRIES, assemble, build
-from insightv.config import ChainConfig, read
+from insightv.chainfile import read
+from insightv.config import ChainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "chain"
 

@@ -19,7 +19,7 @@ from hpc.rundir import RunDir
 from hpc.shards import write_groups
 from insightv import cli
 from insightv.chain import build
-from insightv.config import read
+from insightv.chainfile import read
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "chain"
 SMOKE = str(CONFIGS / "smoke.yaml")

@@ -11,7 +11,7 @@ import runs
 from hpc.config import dump
 from hpc.errors import UserError
 from hpc.rundir import RunDir
-from insightv.config import read
+from insightv.chainfile import read
 from insightv.evaluation.comparison import compare
 from insightv.evaluation.results import eval_stage
 from insightv.records import Prediction, Question

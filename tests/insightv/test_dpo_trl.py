@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_case import family, loaded, pair_rows, store
 
-from insightv import models
+from insightv import chats
 from insightv.records import Message
 from insightv.training.batches import Encoder, encode_all
 from insightv.training.config import DPOConfig, ReferenceConfig
@@ -43,7 +43,7 @@ def trl_says(name, rows, pictures, mixture, beta, folder):
         data.append(
             {
                 "images": [pictures.image(key) for key in row["pictures"]],
-                "prompt": models.render(policy.processor, prompt, len(row["pictures"])),
+                "prompt": chats.render(policy.processor, prompt, len(row["pictures"])),
                 "chosen": row["chosen"] + eos,
                 "rejected": row["rejected"] + eos,
             }

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, picture, save_family
 
 from hpc.errors import RecordError, UserError
-from insightv import models
+from insightv import chats, models
 from insightv.agents import MultiAgent, ReasoningAgent, SummaryAgent
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
 from insightv.engines import transformers as engines
@@ -75,11 +75,11 @@ def test_greedy_rows_are_what_generate_gives(family, make, pictures):
     requests.append(request(pictures, texts[0], None, max_tokens=8))
     found = complete(engine, *requests)
     for asked, reply in zip(requests, found, strict=True):
-        encoding = models.encode(
+        encoding = chats.encode(
             engine._processor, asked.messages, [pictures.image(p) for p in asked.pictures]
         )
         tokens = engine._model.generate(
-            **models.collate([encoding], 0),
+            **chats.collate([encoding], 0),
             max_new_tokens=asked.sampling.max_tokens,
             do_sample=False,
             pad_token_id=0,
@@ -272,7 +272,7 @@ def test_the_event_loop_lives_and_callers_may_leave(make, pictures, monkeypatch)
 
 def test_a_picture_is_encoded_once(make, pictures, monkeypatch):
     seen = []
-    real = models.encode_picture
+    real = chats.encode_picture
     monkeypatch.setattr(
         models, "encode_picture", lambda p, image: seen.append(image.size) or real(p, image)
     )

@@ -18,7 +18,7 @@ from insightv.agents import direct_messages, final_messages
 from insightv.assessment.marks import Marks
 from insightv.assessment.scoring import render_paths, render_scores
 from insightv.chain import build
-from insightv.config import read
+from insightv.chainfile import read
 from insightv.demo.sets import make_questions
 from insightv.pictures import Pictures, PictureWriter
 from insightv.prompting import Prompts, load_prompts

@@ -10,7 +10,7 @@ from hpc.rundir import RunDir
 from hpc.shards import ShardWriter, write_groups
 from insightv import lineage
 from insightv.chain import assemble
-from insightv.config import read
+from insightv.chainfile import read
 from insightv.records import (
     FailedPath,
     Message,

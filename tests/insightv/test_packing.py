@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from training_case import loaded, pair_rows, sample_rows, store
 
 from hpc.errors import UserError
-from insightv import models
+from insightv import chats, models
 from insightv.records import Message
 from insightv.training.attention import SPANS, additive, attention_mask, span_attention
 from insightv.training.balance import pack, plan
@@ -38,7 +38,7 @@ def examples(name: str, pictures, kind: str, count: int = 6) -> list[Example]:
 
 def plain(model, reply: Reply) -> torch.Tensor:
     """Log-probabilities of one reply's targets: one sequence, one call of Hugging Face."""
-    inputs = models.collate([reply.encoding], 0, side="right")
+    inputs = chats.collate([reply.encoding], 0, side="right")
     logps = model(**inputs).logits[0].log_softmax(-1)
     return torch.cat(
         [logps[torch.arange(a - 1, b - 1), reply.encoding.ids[a:b]] for a, b in reply.spans]
@@ -110,7 +110,7 @@ def test_packed_is_plain(name, kind, pictures, attention):
 def test_pairs_cost_their_prefix_once(name, pictures):
     some = examples(name, pictures, "pairs")
     for example in some:
-        tree = Tree.of(example, models.positions(loaded(name).model))
+        tree = Tree.of(example, chats.positions(loaded(name).model))
         won, lost = (reply.encoding.ids for reply in example.replies)
         prompt = example.replies[0].spans[0][0]
         assert tree.lengths[0] >= prompt and sum(tree.lengths) == len(tree.ids)
@@ -118,7 +118,7 @@ def test_pairs_cost_their_prefix_once(name, pictures):
         assert tree.unshared == len(won) + len(lost)
         # Each token has the position it has by itself.
         prefix = tree.lengths[0]
-        alone = models.positions(loaded(name).model)(example.replies[1].encoding)
+        alone = chats.positions(loaded(name).model)(example.replies[1].encoding)
         torch.testing.assert_close(tree.positions[..., -tree.lengths[2] :], alone[..., prefix:])
 
 
@@ -127,7 +127,7 @@ def test_replies_may_be_equal_or_begin_alike(pictures):
     model = loaded("llava").model
     example = examples("llava", pictures, "pairs", 1)[0]
     twins = Example("twins", (example.replies[0], example.replies[0]))
-    tree = Tree.of(twins, models.positions(model))
+    tree = Tree.of(twins, chats.positions(model))
     assert tree.lengths == (len(example.replies[0].encoding.ids), 0, 0)
     compared(model, [twins, example], Packer(model, 0, 2000, ragged=True))
 
@@ -330,15 +330,15 @@ def test_long_sequences_with_many_tiles(name, tokens, tmp_path):
     folder = save_family(name, tmp_path / "model")
     model = models.load(folder, "cpu", "float32")
     images = [picture(n, 300 + 90 * n, 340 - 60 * n) for n in range(3)]
-    shown = [models.encode_picture(model.processor, image) for image in images]
-    prompt = models.encode(model.processor, (Message("user", "Read A. " * 40),), shown)
+    shown = [chats.encode_picture(model.processor, image) for image in images]
+    prompt = chats.encode(model.processor, (Message("user", "Read A. " * 40),), shown)
     room = tokens - len(prompt.ids)
     generator = torch.Generator().manual_seed(tokens)
 
     def reply(length: int) -> Reply:
         ids = torch.randint(100, 400, (length,), generator=generator).tolist()
         marks = {k: [*v, *[0] * length] for k, v in prompt.marks.items()}
-        whole = models.Encoding(prompt.ids + ids, marks, prompt.pictures)
+        whole = chats.Encoding(prompt.ids + ids, marks, prompt.pictures)
         return Reply(whole, ((len(prompt.ids), len(whole.ids)),))
 
     pair = Example("long", (reply(room), reply(room // 3)))

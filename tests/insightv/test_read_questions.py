@@ -15,7 +15,8 @@ from hpc.shards import read_rows
 from hpc.work import work
 from insightv import cli
 from insightv.chain import assemble, build
-from insightv.config import ChainConfig, checked, folders, read
+from insightv.chainfile import checked, folders, read
+from insightv.config import ChainConfig
 from insightv.payloads import _Only, questions
 from insightv.pictures import Pictures
 from insightv.records import Question
@@ -140,6 +141,15 @@ def test_a_rehearsal_takes_its_share_of_sets_that_are_read(folder, tmp_path):
     assert vars(made.questions.take["chartqa"]) == {"train": 4, "validation": 2, "test": 2}
     rows, *_ = make(made, "train", tmp_path / "run")
     assert len(rows) == 4
+
+
+def test_only_files_that_are_read_must_be_there(folder):
+    for path in folder.glob("ChartQA/data/test-*"):
+        path.unlink()
+    only = "questions.take={chartqa: {train: 5}}"
+    with pytest.raises(UserError, match=r"test-\*.parquet"):
+        config(folder, only)  # looked through for duplicates
+    assert config(folder, only, "questions.duplicates=keep")
 
 
 def test_sizes_of_the_hub_must_be_given(folder):

@@ -8,7 +8,7 @@ from families import FAMILIES
 from training_case import family, loaded, pair_rows, store
 
 from hpc.errors import RecordError, UserError
-from insightv import models
+from insightv import chats
 from insightv.records import Message, PreferencePair
 from insightv.training import torch_backend as room
 from insightv.training.config import ReferenceConfig
@@ -42,13 +42,13 @@ def by_hand(name: str, row: dict, text: str, pictures) -> float:
     model, processor = loaded(name).model, loaded(name).processor
     images = [pictures.image(key) for key in row["pictures"]]
     prompt = tuple(Message(**turn) for turn in row["prompt"])
-    start = len(models.encode(processor, prompt, images).ids)
-    encoding = models.encode(processor, (*prompt, Message("assistant", text)), images)
+    start = len(chats.encode(processor, prompt, images).ids)
+    encoding = chats.encode(processor, (*prompt, Message("assistant", text)), images)
     encoding.ids.append(processor.tokenizer.eos_token_id)
     for values in encoding.marks.values():
         values.append(0)
     with torch.no_grad():
-        logits = model(**models.collate([encoding], 0)).logits[0].log_softmax(-1)
+        logits = model(**chats.collate([encoding], 0)).logits[0].log_softmax(-1)
     return sum(
         logits[place - 1, encoding.ids[place]].item() for place in range(start, len(encoding.ids))
     )

@@ -8,7 +8,7 @@ from hpc.cluster import read_profile
 from hpc.errors import UserError
 from hpc.rundir import RunDir
 from insightv.chain import assemble
-from insightv.config import read
+from insightv.chainfile import read
 from insightv.rehearsal import forecast_of, small, units
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -13,12 +13,13 @@ from PIL import Image
 
 from hpc.config import shaping
 from hpc.errors import RecordError, UserError
-from insightv.config import checked, model_folder
+from insightv.chainfile import checked
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
 from insightv.engines.server import client
 from insightv.engines.server.client import excerpt
 from insightv.engines.server.config import ServerConfig
 from insightv.engines.server.process import ServerGone
+from insightv.folders import model_folder
 from insightv.pictures import Pictures, PictureWriter
 from insightv.records import Message
 

@@ -23,13 +23,14 @@ from hpc.rundir import Chain, RunDir
 from hpc.shards import read_groups, shard_paths
 from insightv.agents import direct_messages, reasoning_messages, summary_messages
 from insightv.chain import assemble
-from insightv.config import model_folder, read
+from insightv.chainfile import read
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
 from insightv.engines.server import process
 from insightv.engines.server.config import ServerConfig
 from insightv.engines.server.process import ServerGone
 from insightv.engines.server.programs import Place, split_gpus, variables, words
+from insightv.folders import model_folder
 from insightv.pictures import Pictures, PictureWriter
 from insightv.prompting import load_prompts
 from insightv.records import Message
@@ -39,6 +40,7 @@ FAKE = str(Path(__file__).with_name("openai_server.py"))
 SMALL = [sys.executable, FAKE, "{port}", "{name}"]
 SMOKE = Path(__file__).parents[2] / "configs" / "chain" / "smoke.yaml"
 PROMPTS = load_prompts("tiny")
+BEFORE: list[psutil.Process] = []
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,7 @@ def _rooms(monkeypatch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch")
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    BEFORE[:] = psutil.Process().children(recursive=True)  # what other tests' libraries keep
     yield
     assert not left() and not scratch()
 
@@ -80,7 +83,7 @@ def run(scenario, config, pictures=None, logs=None):
 
 def left() -> list[psutil.Process]:
     """What still runs of all that was started here."""
-    return psutil.Process().children(recursive=True)
+    return [one for one in psutil.Process().children(recursive=True) if one not in BEFORE]
 
 
 def servers() -> list[psutil.Process]:

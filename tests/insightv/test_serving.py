@@ -12,10 +12,10 @@ from PIL import Image
 from hpc.errors import RecordError, UserError
 from insightv.agents import DirectAgent, MultiAgent, ReasoningAgent, SummaryAgent
 from insightv.cli.serving import _key, _listening
-from insightv.config import model_folder
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.engines import EngineConfig, Sampling, load_engine
 from insightv.evaluation.answering import CallConfig, EntryConfig
+from insightv.folders import model_folder
 from insightv.pictures import Pictures, PictureWriter
 from insightv.prompting import load_prompts
 from insightv.serving import MODELS, Agents, LentPictures, application

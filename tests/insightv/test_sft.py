@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from training_case import Here, family, sample_rows, store
 
 from hpc.errors import UserError
-from insightv import models
+from insightv import chats, models
 from insightv.training import torch_backend
 from insightv.training.batches import Encoder, encode_all
 from insightv.training.config import SFTConfig
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_hugging_face(name, pictures):
     example = examples(backend, pictures)[5]
     batches = packed(backend, [example], 10**6)
     loss, got = gradients(backend, batches)
-    inputs = models.collate([example.replies[0].encoding], backend.packer.pad_token)
+    inputs = chats.collate([example.replies[0].encoding], backend.packer.pad_token)
     labels = torch.full_like(inputs["input_ids"], -100)
     for start, stop in example.replies[0].spans:
         labels[0, start:stop] = inputs["input_ids"][0, start:stop]
@@ -78,7 +78,7 @@ def test_normalised_over_the_global_batch(name, pictures):
     total, tokens = 0.0, 0
     for example in some:
         reply = example.replies[0]
-        inputs = models.collate([reply.encoding], backend.packer.pad_token)
+        inputs = chats.collate([reply.encoding], backend.packer.pad_token)
         with torch.no_grad():
             logps = backend.model(**inputs).logits[0].log_softmax(-1)
         for start, stop in reply.spans:

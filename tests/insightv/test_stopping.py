@@ -15,7 +15,8 @@ from hpc.rundir import Chain, RunDir, write_json
 from hpc.shards import write_groups
 from hpc.stages import Counts
 from insightv.chain import assemble
-from insightv.config import SETS, read
+from insightv.chainfile import read
+from insightv.config import SETS
 from insightv.evaluation import stopping
 from insightv.evaluation.stopping import EarlyStopConfig, choose, decide, decisions, summary
 from insightv.records import Question

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from hpc.errors import RecordError
-from insightv import models
+from insightv import chats, models
 from insightv.engines.base import Request
 from insightv.engines.caching import Cache
 from insightv.pictures import FORMATS, Pictures
@@ -53,7 +53,7 @@ class Chats:
 
     def texts(self, request: Request) -> list[str]:
         """The turns' texts, in which no control token can be read."""
-        return [models.plain(self._processor, message.text) for message in request.messages]
+        return [chats.plain(self._processor, message.text) for message in request.messages]
 
     def prompt(self, request: Request) -> str:
         """The whole prompt, a placeholder for each picture.
@@ -61,7 +61,7 @@ class Chats:
         Raises:
             RecordError: The model's template refuses the chat.
         """
-        return models.prompt(self._processor, request.messages, len(request.pictures))
+        return chats.prompt(self._processor, request.messages, len(request.pictures))
 
     def count(self, request: Request) -> int:
         """The prompt's length in tokens, pictures included.
@@ -74,7 +74,7 @@ class Chats:
 
     def length(self, prompt: str, shown: list[Shown]) -> int:
         """The same, of a prompt with its pictures."""
-        ids = models.tokens(self._processor, prompt)
+        ids = chats.tokens(self._processor, prompt)
         return len(ids) - len(shown) + sum(picture.tokens for picture in shown)
 
     def _show(self, name: str) -> Shown:
@@ -86,7 +86,7 @@ class Chats:
             image.save(packed, "PNG", compress_level=1)
             kind, data = _KINDS["PNG"], packed.getvalue()
         url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-        return Shown(url, models.picture_tokens(self._processor, image))
+        return Shown(url, chats.picture_tokens(self._processor, image))
 
 
 def _as_it_is(data: bytes) -> str:

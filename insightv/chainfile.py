@@ -1,0 +1,147 @@
+"""Chain files: read, checked, and held against what is on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc.config import load
+from hpc.errors import UserError
+from insightv.config import NONE, ChainConfig, ModelConfig, QuestionsSection
+from insightv.folders import EMBEDDED, fingerprint, model_folder
+from insightv.prompting import FOLDER, load_prompts
+from insightv.questions import load_set, sources
+
+_TEXT = re.compile(r"(models\.\w+\.(?:path|prompts))=\s*\Z")
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
+    """Reads and checks a chain file, and resolves what depends on this machine.
+
+    Raises:
+        UserError: An unknown key, an impossible value, a folder that is no model.
+    """
+    config = checked(path, overrides)
+    resolve(config)
+    return config
+
+
+def checked(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
+    """Reads a chain file and checks its values; models and prompts are not looked at.
+
+    Raises:
+        UserError: An unknown key, or an impossible value.
+    """
+    # An empty value is none in YAML; for what names a model, empty means something.
+    config = load(ChainConfig, path, [_TEXT.sub(r"\1=''", o) for o in overrides])
+    _load_sets(config.questions, path.parent)
+    for key, value in leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}: give a finite number")
+    _validate(config)
+    if not 0 <= config.error_limit <= 1:
+        raise UserError(f"error_limit is {config.error_limit}: give a share from 0 to 1")
+    return config
+
+
+def resolve(config: ChainConfig) -> None:
+    """Resolves what depends on this machine: folders, prompts, and what models hold.
+
+    Raises:
+        UserError: A folder that is no model, or a set of prompts that is none.
+    """
+    base = config.models.base
+    if base.path in ("", NONE):
+        raise UserError("models.base.path: give a model folder, or tiny")
+    for role in ("base", "generator", "judge", "scorer"):
+        _resolve(role, getattr(config.models, role), base)
+    asked = config.questions
+    if asked.mappings or asked.held_out_mappings:
+        asked.folder = str(Path(asked.folder).expanduser().absolute())
+    for mapping in (*asked.mappings, *asked.held_out_mappings):
+        for name, split in mapping.splits.items():
+            looked_for = name != "train" and asked.duplicates != "keep"
+            if looked_for or asked.most(mapping, name) != 0:
+                split.digest = sources.fingerprint(mapping, name, asked.place)
+    for mapping in asked.mappings:
+        for name in mapping.splits:
+            if asked.most(mapping, name) is None and not sources.files(mapping, name, asked.place):
+                raise UserError(
+                    f"questions.take: give the sizes of {mapping.name}; what the hub holds of it "
+                    "is not known before"
+                )
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a configuration with its key; also those in free dictionaries."""
+    inner = dataclasses.is_dataclass(config)
+    for name, value in (vars(config) if inner else config).items():
+        if dataclasses.is_dataclass(value) or (isinstance(value, dict) and value):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def folders(config: ChainConfig) -> list[Path]:
+    """The folders of this machine that a resolved configuration names: models and prompts."""
+    models = config.models
+    named = [
+        name
+        for model in (models.base, models.generator, models.judge, models.scorer)
+        for name in (model.path, model.prompts)
+    ]
+    asked = config.questions
+    named += [str(asked.place.of(m)) for m in (*asked.mappings, *asked.held_out_mappings)]
+    return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
+
+
+def _load_sets(asked: QuestionsSection, beside: Path) -> None:
+    """Reads the files of sets; from then on they stand in the configuration itself.
+
+    Raises:
+        UserError: A file is missing or wrong.
+    """
+    for names, mappings in (
+        (asked.sets, asked.mappings),
+        (asked.held_out, asked.held_out_mappings),
+    ):
+        for name in names:
+            given = Path(name).expanduser()
+            mappings.append(load_set(beside / given if (beside / given).is_file() else given))
+        names.clear()
+
+
+def _validate(config: ChainConfig) -> None:
+    """Lets every section check itself; those of several places are told where they stand."""
+    for section in vars(config).values():
+        if hasattr(section, "validate"):
+            section.validate()
+    for owner in ("training", "rounds"):
+        for name, section in vars(getattr(config, owner)).items():
+            if hasattr(section, "validate"):
+                section.validate(f"{owner}.{name}")
+
+
+def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:
+    """Makes a model's paths absolute and notes what the folder holds."""
+    if model.path == NONE:
+        if role != "judge":
+            raise UserError(f"models.{role}.path: only the judge can be none")
+        return
+    if not model.path:
+        model.path, model.prompts = base.path, model.prompts or base.prompts
+    if not model.prompts:
+        model.prompts = EMBEDDED if model.path == EMBEDDED else "default"
+    if model.path != EMBEDDED:
+        model.path = str(Path(model.path).expanduser().absolute())
+    load_prompts(model.prompts)
+    if Path(model.prompts).is_dir() and not (FOLDER / model.prompts).is_dir():
+        model.prompts = str(Path(model.prompts).absolute())
+    try:
+        model.digest = fingerprint(model_folder(model.path))
+    except UserError as error:
+        raise UserError(f"models.{role}.path: {error}") from None

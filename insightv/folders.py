@@ -1,0 +1,91 @@
+"""Model folders as a configuration names them, looked at without loading anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import insightv
+from hpc.errors import UserError
+
+EMBEDDED = "tiny"
+"""Names the model that is shipped with the package."""
+
+_BLOCK, _BLOCKS = 1 << 16, 64
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a configured model."""
+    return Path(insightv.__file__).parent / "demo" / "model" if path == EMBEDDED else Path(path)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells models apart without reading gigabytes: sizes and samples of their weights.
+
+    Raises:
+        UserError: The folder is no model in Hugging Face format.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; give a model in Hugging Face format, or tiny")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
+    _check_config(folder / "config.json")
+    _check_weights(folder, weights)
+    summed = hashlib.sha256()
+    for path in [folder / "config.json", *weights]:
+        size = path.stat().st_size
+        summed.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(place)
+                summed.update(file.read(_BLOCK))
+    return summed.hexdigest()[:16]
+
+
+def _check_config(path: Path) -> None:
+    """Refuses what is no model's configuration.
+
+    Raises:
+        UserError: It is damaged, or does not say what kind of model it is of.
+    """
+    try:
+        kind = json.loads(path.read_text())["model_type"]
+    except (ValueError, TypeError, KeyError):
+        kind = None
+    if not isinstance(kind, str):
+        raise UserError(f"{path} is damaged, or names no model_type; fetch it again")
+
+
+def _check_weights(folder: Path, weights: Sequence[Path]) -> None:
+    """Finds cut and missing weights by the files' own heads, before any work has begun.
+
+    A safetensors file begins with the length of its head (8 bytes, little-endian) and the head,
+    JSON, in which each tensor has the offsets of its bytes behind the head.
+
+    Raises:
+        UserError: A file is cut off or is none, or one that the folder's index names is missing.
+    """
+    for path in weights:
+        size = path.stat().st_size
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                head = json.loads(file.read(length if length < size else 0))
+            ends = [entry["data_offsets"][1] for name, entry in head.items() if name[:2] != "__"]
+            wanted = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise UserError(f"{path} is no safetensors file, or cut off; fetch it again") from None
+        if size != wanted:
+            raise UserError(f"{path} has {size:,} of {wanted:,} bytes; fetch it again")
+    index = folder / "model.safetensors.index.json"
+    try:
+        listed = set(json.loads(index.read_text())["weight_map"].values())
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{index} is no index of weights; fetch it again") from None
+    if missing := sorted(listed - {path.name for path in weights}):
+        raise UserError(f"{folder} lacks {missing[0]}, which its index names; fetch it again")

@@ -1,0 +1,83 @@
+"""Texts of rows as questions need them: answers, options, placeholders of pictures."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+from hpc.errors import RecordError
+from insightv.assessment.decision import normal
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""What options are called."""
+_PLACEHOLDER = re.compile(r"<image[ _]?(\d*)>")
+_OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]+(\S.*?)[ \t]*$", re.M)
+_NUMBER = re.compile(r"[-−+]?[$€£]?\s?\d[\d,]*(?:\.\d+)?\s?%?|[-−+]?\.\d+")
+_FORMULA = re.compile(r"\$?[-\d\s+*/^(){}.]*\\(?:d?frac|sqrt|pi|times|cdot)\b.*")
+
+
+def as_text(value: Any) -> str:
+    """A value as text that can be stored; whole floats without a point, nothing for null."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value).encode("utf-8", "replace").decode()  # JSON may hold half a character
+
+
+def as_options(value: Any) -> tuple[str, ...]:
+    """Options as texts, from a list or from one that is written out.
+
+    Raises:
+        RecordError: Neither.
+    """
+    if isinstance(value, str) and value.strip():
+        value = _written(value)
+    if value is None or value == "":
+        return ()
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        raise RecordError("options: not a list")
+    return tuple(as_text(option).strip() for option in value)
+
+
+def _written(text: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def options_of(text: str) -> tuple[str, tuple[str, ...]]:
+    """The lines ``A. …``, ``B. …`` at the end of a question, taken off it."""
+    found = list(_OPTION.finditer(text))
+    while found and found[0][1] != "A":
+        found.pop(0)
+    if len(found) < 2 or [match[1] for match in found] != list(LETTERS[: len(found)]):
+        return text, ()
+    return text[: found[0].start()].rstrip(), tuple(match[2] for match in found)
+
+
+def kind_of(answer: str, otherwise: str) -> str:
+    """The type of an answer by its looks: ``yes_no``, ``number``, or the one given."""
+    if normal(answer) in ("yes", "no", "true", "false"):
+        return "yes_no"
+    if _NUMBER.fullmatch(answer.strip()) or _FORMULA.fullmatch(answer.strip()):
+        return "number"
+    return otherwise
+
+
+def placed(text: str, pictures: int) -> str:
+    """Placeholders of pictures, which stand before the text here, as words or not at all."""
+
+    def said(match: re.Match[str]) -> str:
+        return f"(picture {match[1]})" if match[1] and pictures > 1 else ""
+
+    return re.sub(r"[ \t]{2,}", " ", _PLACEHOLDER.sub(said, text)).strip()
