@@ -39,7 +39,7 @@ from transformers import (  # noqa: E402
     Qwen2_5_VLConfig,
 )
 
-from insightv import models  # noqa: E402
+from insightv import chats, models  # noqa: E402
 from insightv.training import torch_backend  # noqa: E402
 from insightv.training.attention import attention_mask  # noqa: E402
 from insightv.training.batches import Example, Reply  # noqa: E402
@@ -152,22 +152,22 @@ class Samples:
             length = answers[(number * replies + reply) % len(answers)]
             ids = prompt.ids + self._words(length)
             marks = {k: [*v, *[0] * length] for k, v in prompt.marks.items()}
-            whole = models.Encoding(ids, marks, prompt.pictures)
+            whole = chats.Encoding(ids, marks, prompt.pictures)
             made.append(Reply(whole, ((len(prompt.ids), len(ids)),)))
         reference = (-50.0,) * replies if replies > 1 else ()
         return Tree.of(Example(f"{number:04d}", tuple(made), reference), self.positions)
 
-    def _prompt(self) -> models.Encoding:
+    def _prompt(self) -> chats.Encoding:
         side, tokens = self.shape.grid, self.shape.grid**2 // 4
         pixels = torch.randn(side * side, 3 * 2 * 14 * 14, generator=self.generator)
         grid = torch.tensor([[1, side, side]])
         ids = [self.size.vocab_size - 1] * tokens
         tensors = {"pixel_values": pixels, "image_grid_thw": grid}
         marks = {"mm_token_type_ids": [1] * tokens}
-        shown = models.EncodedPicture(ids, marks, tensors)
+        shown = chats.EncodedPicture(ids, marks, tensors)
         words = self._words(self.shape.question)
         marks = {"mm_token_type_ids": [*marks["mm_token_type_ids"], *[0] * len(words)]}
-        return models.Encoding(ids + words, marks, (shown,))
+        return chats.Encoding(ids + words, marks, (shown,))
 
     def _words(self, count: int) -> list[int]:
         most = self.size.vocab_size - 10

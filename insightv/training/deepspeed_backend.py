@@ -33,7 +33,7 @@ from torch import Tensor, distributed, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from hpc.errors import UserError
-from insightv import models
+from insightv import chats, models
 from insightv.training.backend import Outcome, whole_batch
 from insightv.training.config import TrainConfig
 from insightv.training.folder import Writer, finish
@@ -355,13 +355,13 @@ class PicturePacker(Packer):
     def __init__(self, model: Any, processor: Any, pad_token: int, budget: int):
         """As `Packer`; ``processor`` prepares the blank picture."""
         super().__init__(model, pad_token, budget)
-        shown = models.encode_picture(processor, Image.new("RGB", (56, 56)))
+        shown = chats.encode_picture(processor, Image.new("RGB", (56, 56)))
         self._blank = Tree(
             key="",
             ids=shown.ids,
             marks=shown.marks,
             pictures=(shown,),
-            positions=self.positions(models.Encoding(shown.ids, shown.marks, (shown,))),
+            positions=self.positions(chats.Encoding(shown.ids, shown.marks, (shown,))),
             lengths=(len(shown.ids),),
             places=[],
             targets=[],
