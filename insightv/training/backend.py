@@ -110,6 +110,10 @@ def load_backend(folder: Path, config: TrainConfig, ranks: Ranks) -> Backend:
             from insightv.training.megatron.backend import MegatronBackend
 
         return MegatronBackend(folder, config, ranks)
+    if config.backend == "deepspeed":
+        from insightv.training.deepspeed_backend import DeepSpeedBackend
+
+        return DeepSpeedBackend(folder, config, ranks)
     raise UserError(f"no backend {config.backend!r}")
 
 

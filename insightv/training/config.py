@@ -112,6 +112,9 @@ class TrainConfig:
         _choice(f"{section}precision", self.precision, ("bf16", "fp32"))
         _choice(f"{section}device", self.device, ("auto", "cpu", "cuda"))
         _choice(f"{section}backend", self.backend, BACKENDS)
+        if self.deepspeed.zero_stage not in (1, 2, 3):
+            stage = self.deepspeed.zero_stage
+            raise UserError(f"{section}deepspeed.zero_stage is {stage}: choose one of 1, 2, 3")
         for name in ("epochs", "batch_size", "max_length", "tokens_per_micro_batch", "keep"):
             _least(f"{section}{name}", getattr(self, name), 1)
         for name in (

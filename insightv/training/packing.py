@@ -263,7 +263,7 @@ def collate(
             [value for tree in trees for value in tree.reference], dtype=torch.float64
         ),
         replies=replies,
-        keys=tuple(tree.key for tree in trees),
+        keys=tuple(tree.key for tree in trees if tree.replies),
         tokens=sum(len(tree.ids) for tree in trees),
         unshared=sum(tree.unshared for tree in trees),
         spans=tuple(spans),

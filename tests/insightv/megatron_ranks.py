@@ -379,7 +379,7 @@ def descend(self: torch.optim.AdamW, closure: Any = None) -> None:
 def _die(when: str) -> None:
     """Ends this process, as kill -9 does, around its second save."""
     from insightv.training.checkpoint import Checkpoints
-    from insightv.training.megatron.weights import Writer
+    from insightv.training.folder import Writer
 
     saves, write, close = 0, Checkpoints.save, Writer.close
 

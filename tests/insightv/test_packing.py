@@ -322,6 +322,7 @@ def test_families_with_other_attention_are_refused():
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tokens", [4096, 12288])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llava"])
 def test_long_sequences_with_many_tiles(name, tokens, tmp_path):

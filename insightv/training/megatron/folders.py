@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hpc.errors import UserError
+from insightv.training.folder import INDEX
 from insightv.training.megatron.families import (
     IGNORED,
     Dialect,
@@ -24,8 +25,6 @@ from insightv.training.megatron.families import (
     vision_name,
 )
 from insightv.training.megatron.model import vision_part
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, distributed
 
 from hpc.errors import UserError
+from insightv.training.folder import Writer
 from insightv.training.megatron import cpu
 from insightv.training.megatron.folders import Folder
 from insightv.training.megatron.layout import Layout, Shape
 from insightv.training.megatron.model import VisionLanguageModel
-from insightv.training.megatron.weights import Writer, parameters, parts, stage_tensors
+from insightv.training.megatron.weights import parameters, parts, stage_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
