@@ -20,7 +20,9 @@ from insightv.cli import (
     check,
     cluster,
     images,
+    looking,
     models,
+    payloads,
     questions,
     runs,
     serving,
@@ -62,6 +64,8 @@ def _root(
 
 
 runs.add_to(app)
+looking.add_to(app)
+payloads.add_to(app)
 cluster.add_to(app)
 models.add_to(app)
 questions.add_to(app)

@@ -1,14 +1,10 @@
-"""Commands that make a run and look after it."""
+"""Commands that make a run on this machine; what other commands need of it."""
 
 from __future__ import annotations
 
-import getpass
-import json
-import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -38,7 +34,6 @@ ImageOption = Annotated[
 OtherImageOption = Annotated[
     bool, typer.Option("--other-image", help="Go on in another image than the run began in.")
 ]
-_WATCH = 2.0  # seconds between looks
 _PIPE_WIDTH = 132
 
 PRELOAD = ("insightv.chain", "insightv.engines.transformers", "insightv.training.trainer")
@@ -141,7 +136,7 @@ def make(
     else:
         need_packages(chain, config)
         chain.run.create()
-        _refuse_queued(chain)
+        refuse_queued(chain)
         save(chain, config, remake)
         if donors:
             _take_over(chain, donors)
@@ -191,7 +186,7 @@ def _take_over(chain: Chain, donors: Sequence[Path]) -> None:
             print(f"{donor}: another version of the code has worked there; hashes do not tell")
 
 
-def _refuse_queued(chain: Chain) -> None:
+def refuse_queued(chain: Chain) -> None:
     """Keeps the work of two masters apart."""
     from hpc.submission import live_jobs, on_cluster
 
@@ -289,207 +284,7 @@ def opened(directory: Path) -> Chain:
     return build(run)
 
 
-def status(
-    directory: RunArgument,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
-) -> None:
-    """Show what stands where."""
-    from rich.live import Live
-
-    from hpc.status import board, check_sizes
-    from insightv.cli.rehearsal import comparison
-
-    chain = opened(directory)
-    check_sizes(chain)
-    if as_json or not watch:
-        while True:
-            found = _look(chain)
-            if as_json:
-                print(json.dumps(found, ensure_ascii=False), flush=True)
-            else:
-                console().print(board(found))
-                if "forecast" in found:
-                    console().print(comparison(found["forecast"]))
-            if not watch or found["state"] != "running":
-                return
-            time.sleep(_WATCH)
-    with Live(auto_refresh=False) as live:
-        while True:
-            found = _look(chain)
-            live.update(board(found), refresh=True)
-            if found["state"] != "running":
-                return
-            time.sleep(_WATCH)
-
-
-def _look(chain: Chain) -> dict[str, Any]:
-    """What stands where, on the run's cluster too: one squeue and one sacct."""
-    from hpc.forecasting import compare, kept
-    from hpc.slurm import available
-    from hpc.status import status as look
-    from hpc.submission import hours, job_counts, on_cluster
-
-    forecast = kept(chain.run)
-    more = {"forecast": compare(chain, forecast)} if forecast is not None else {}
-    if not on_cluster(chain.run) or not available():
-        return look(chain) | more
-    return look(chain, job_counts(chain.run), hours(chain.run)) | more
-
-
-def cancel(directory: RunArgument) -> None:
-    """Stop a run; its workers save and leave."""
-    from hpc.rundir import CANCELLED
-    from hpc.submission import cancel as cancel_jobs
-    from hpc.submission import on_cluster
-
-    run = opened(directory).run
-    if on_cluster(run):
-        count = cancel_jobs(run)
-        print(f"{run.path}: {count} jobs cancelled; `insightv retry {directory}` goes on with it")
-        return
-    if not run.locked():
-        raise UserError(f"{run.path}: nothing runs here")
-    run.mark(CANCELLED, f"by {getpass.getuser()} on {socket.gethostname()}")
-    print(f"{run.path}: cancelled; `insightv retry {directory}` goes on with it")
-
-
-def logs(
-    directory: RunArgument,
-    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="Show its logs.")] = None,
-    failed: Annotated[
-        bool, typer.Option("--failed", help="Show those of stages that did not complete.")
-    ] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", help="So many from the end.")] = 40,
-) -> None:
-    """Show what the workers said.
-
-    Without STAGE: the last line of each log.
-    """
-    chain = opened(directory)
-    if stage is not None and stage not in chain.stages:
-        known = ", ".join(chain.stages)
-        raise UserError(f"{chain.run.path}: no stage {stage!r}; it has {known}")
-    names = [stage] if stage is not None else list(chain.stages)
-    if failed:
-        names = [
-            name
-            for name in names
-            if chain.run.started(name).exists() and not chain.run.manifest(name).exists()
-        ]
-    whole = stage is not None or failed
-    for name in names:
-        for log in [*_last_attempt(chain.run.logs(name)), *_gate_logs(chain, name, whole)]:
-            said = log.read_text(errors="replace").splitlines()
-            if whole:
-                print(f"==> {log} <==", *map(_plain, said[-lines:]), sep="\n")
-            elif said:
-                print(f"{name}: {_plain(said[-1])[:120]}")
-
-
-def _gate_logs(chain: Chain, stage: str, wanted: bool) -> list[Path]:
-    """On a cluster: what a stage's last gate said."""
-    from hpc.naming import gate_name
-
-    folder = chain.run.path / "slurm" / "logs"
-    pattern = gate_name(chain.run, stage, 0).removesuffix("0") + "*.log"
-    found = list(folder.glob(pattern)) if wanted else []
-    return sorted(found, key=lambda log: log.stat().st_mtime)[-1:]
-
-
-def _last_attempt(folder: Path) -> list[Path]:
-    """The logs of a stage's last attempt; they are named ``a<attempt>-<n>.log``."""
-    found: dict[int, list[Path]] = {}
-    for log in sorted(folder.glob("a*-*.log")):
-        attempt = log.name[1:].partition("-")[0]
-        if attempt.isdigit():
-            found.setdefault(int(attempt), []).append(log)
-    return found[max(found)] if found else []
-
-
-def _plain(line: str) -> str:
-    """The line without control characters, which could rewrite the terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else " " for c in line)
-
-
-def clean(
-    directory: RunArgument,
-    plan: Annotated[bool, typer.Option("--plan", help="Only list; delete nothing.")] = False,
-    with_logs: Annotated[
-        bool, typer.Option("--logs", help="Logs of complete stages as well.")
-    ] = False,
-    data: Annotated[
-        bool,
-        typer.Option("--data", help="Shards nobody needs any more; the run is closed then."),
-    ] = False,
-) -> None:
-    """Delete what complete stages no longer need."""
-    from hpc.retention import clean as sweep
-
-    chain = opened(directory)
-    if not plan:
-        _refuse_queued(chain)
-    found = sweep(chain, plan=plan, logs=with_logs, data=data)
-    for item in found:
-        print(f"{item.bytes / 2**20:10.2f} MiB  {item.what:12} {item.path}")
-    total = sum(item.bytes for item in found) / 2**20
-    print(f"{total:10.2f} MiB  {'to be deleted' if plan else 'deleted'}")
-
-
-def work(run_dir: Path, stage: str) -> int:
-    """Payload of one worker."""
-    from hpc.control import payload
-
-    # The driver, or the gate, repeats the last line of the log as the reason it stops.
-    return payload(opened(run_dir), ["work", stage])
-
-
-def gate(
-    run_dir: Path,
-    stage: str,
-    attempt: Annotated[int, typer.Argument()] = 0,
-    first: Annotated[int, typer.Argument()] = 0,
-) -> int:
-    """Payload of a gate."""
-    from hpc.control import payload
-
-    return payload(opened(run_dir), ["gate", stage, str(attempt), str(first)])
-
-
-def preflight(run_dir: Path, stages: Annotated[list[str] | None, typer.Argument()] = None) -> int:
-    """Payload of the first job on a cluster."""
-    from hpc.control import payload
-
-    return payload(opened(run_dir), ["preflight", *(stages or ())])
-
-
-def gpus() -> int:
-    """Whether torch computes on GPUs here: 0 and what it sees, or 1 and what it is."""
-    import torch
-
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    build = f"ROCm {torch.version.hip}" if torch.version.hip else build
-    if not torch.cuda.is_available():
-        print(f"torch {torch.__version__} ({build}) sees no GPU")
-        return 1
-    count = torch.cuda.device_count()
-    print(f"torch {torch.__version__} ({build}) sees {count}, {torch.cuda.get_device_name(0)}")
-    return 0
-
-
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
-    commands: tuple[tuple[str, Any], ...] = (
-        ("run", run),
-        ("status", status),
-        ("logs", logs),
-        ("cancel", cancel),
-        ("retry", retry),
-        ("clean", clean),
-    )
-    for name, command in commands:
-        app.command(name, rich_help_panel="Run")(command)
-    app.command("work", hidden=True)(work)
-    app.command("gate", hidden=True)(gate)
-    app.command("preflight", hidden=True)(preflight)
-    app.command("gpus", hidden=True)(gpus)
+    for command in (run, retry):
+        app.command(rich_help_panel="Run")(command)
