@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from importlib.util import find_spec
@@ -340,6 +341,8 @@ def test_a_damaged_part_is_told(tmp_path):
 
 
 def test_what_is_missing_is_told(monkeypatch):
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):  # it sets what is not set
+        monkeypatch.setenv(name, os.environ.get(name, "cpu" if name[0] == "D" else "0"))
     monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"needs deepspeed: pip install -e '.\[deepspeed\]'"):
         deepspeed_backend._imported("cpu")
