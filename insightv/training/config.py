@@ -65,6 +65,9 @@ class TrainConfig:
         keep: How many checkpoints stay.
         picture_cache_mb: Memory for prepared pictures.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        peak_tflops: What one rank's device computes at best, in 10¹² operations a second of this
+            precision; 0 takes it from a table (`insightv.training.utilisation`). ``mfu`` is
+            told against it.
         backend: ``torch`` (one device), ``deepspeed`` (ZeRO over many) or ``megatron`` (tensor
             and pipeline parallel). In fp32 they compute the same; in bf16 they round in
             different places, and a checkpoint of one is no other's.
@@ -95,6 +98,7 @@ class TrainConfig:
     keep: int = unhashed(2)
     picture_cache_mb: int = unhashed(512)
     device: str = unhashed("auto")
+    peak_tflops: float = unhashed(0.0)
     backend: str = "torch"
     megatron: Layout = unhashed_factory(Layout)
     deepspeed: DeepSpeedConfig = unhashed_factory(DeepSpeedConfig)
@@ -120,6 +124,7 @@ class TrainConfig:
         for name in (
             *("max_steps", "learning_rate", "final_lr_ratio", "weight_decay", "grad_clip"),
             *("max_skipped_steps", "save_steps", "save_seconds", "picture_cache_mb"),
+            "peak_tflops",
         ):
             _least(f"{section}{name}", getattr(self, name), 0)
         for name in ("warmup", "beta1", "beta2"):

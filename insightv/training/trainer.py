@@ -36,6 +36,7 @@ from insightv.training.config import DPOConfig, SFTConfig, TrainConfig
 from insightv.training.loading import Loader, Step
 from insightv.training.objectives import Objective, Preference, Supervised
 from insightv.training.ranks import Ranks, joined
+from insightv.training.utilisation import peak, utilisation
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class _Training:
     ):
         self.config, self.backend, self.objective = config, backend, objective
         self.encode, self.out, self.context, self.reference = encode, out, context, reference
-        self.ranks = ranks
+        self.ranks, self.peak = ranks, peak(config, ranks)
         self.checkpoints = Checkpoints(context.directory / "checkpoints", config.keep, ranks)
         self.metrics = context.directory / "metrics.jsonl"
         self.finished = context.directory / "training.json"
@@ -205,8 +206,7 @@ class _Training:
                 line = self._step(position, steps, step)
                 self.ranks.first(partial(self._tell, line, log))
                 numbers = {"rate": line["samples"] / max(line["seconds"], 1e-9)}
-                if line["loss"] is not None:
-                    numbers["loss"] = line["loss"]
+                numbers |= {name: line[name] for name in ("loss", "mfu") if line[name] is not None}
                 self.context.progress(position.step, steps, **numbers)
                 due = position.step < steps and self._save_due(position.step, saved)
                 if self.ranks.any(due):
@@ -244,6 +244,9 @@ class _Training:
         position.seconds += seconds
         line |= {"samples": totals.samples, "tokens": totals.tokens}
         line |= {"target_tokens": totals.target_tokens, "seconds": round(seconds, 4)}
+        # A step that is skipped takes the time of looking for the samples to blame as well.
+        done = None if line["loss"] is None else self.peak
+        line |= {"flops": step.flops, "mfu": utilisation(step.flops, seconds, done)}
         if totals.places:
             # What packing left empty, and what sharing prefixes saved.
             line["packing_efficiency"] = round(totals.tokens / totals.places, 4)
