@@ -47,10 +47,9 @@ from insightv.training.config import DPOConfig, SFTConfig  # noqa: E402
 from insightv.training.objectives import Preference, Supervised, Totals  # noqa: E402
 from insightv.training.packing import Batch, Planned, Tree  # noqa: E402
 from insightv.training.torch_backend import TorchBackend  # noqa: E402
+from insightv.training.utilisation import device_peak  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_training.json"
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16 operations a second, by the makers' data sheets."""
 TARGETS = {"mfu": 0.45, "sharing": 1.6}
 LAST_START = 420.0
 """Seconds after which no further part is begun, so that the run ends within nine minutes."""
@@ -405,7 +404,7 @@ def main() -> None:
     if not arguments.dry and device == "cpu":
         parser.error("there is no GPU here; --dry runs tiny sizes on a processor")
     name = torch.cuda.get_device_name() if device == "cuda" else "processor"
-    peak = next((value for known, value in PEAKS.items() if known in name), None)
+    peak = device_peak(name, "bf16")
     clock, failed, found = Clock(device), {}, None
     bases, shape = ((TINY,), SMALL) if arguments.dry else (BASES, Shape())
     for size in bases:

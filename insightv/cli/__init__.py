@@ -74,6 +74,7 @@ app.add_typer(shards.app, name="shards", rich_help_panel="Look")
 app.add_typer(check.app, name="cluster", rich_help_panel="Look")
 app.add_typer(images.app, name="image", rich_help_panel="Look")
 app.add_typer(training.app, name="train", rich_help_panel="Single steps")
+app.command("convert", rich_help_panel="Single steps")(training.convert)
 
 
 def main() -> None:

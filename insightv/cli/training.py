@@ -42,6 +42,21 @@ PicturesOption = Annotated[
 ConfigOption = Annotated[Path | None, typer.Option(help="A YAML file of the training's keys.")]
 
 
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A training's checkpoints/step-… folder.")
+    ],
+    model: Annotated[str, typer.Option(help="The model that training began from.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model to write.")],
+) -> None:
+    """Make a model folder of a training that has not ended."""
+    from insightv.folders import model_folder
+    from insightv.training.convert import convert as write
+
+    position = write(checkpoint, model_folder(model), out)
+    print(f"{out}  the model behind step {position.step}")
+
+
 @app.command()
 def sft(
     data: DataArgument,

@@ -6,6 +6,7 @@ model get the same micro-batches; another copy gets others.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Outcome:
     Attributes:
         loss: Of the global batch.
         grad_norm: Global gradient norm before clipping.
-        applied: False if the loss or a gradient was not a number: no weight was changed.
+        applied: False if the loss or a gradient was not a number, or the norm above what was
+            allowed: no weight and no state of the optimizer was changed.
         metrics: The objective's own numbers; empty if not applied.
     """
 
@@ -58,7 +60,12 @@ class Backend(Protocol):
     copy: int
 
     def step(
-        self, batches: Sequence[Batch], totals: Totals, objective: Objective, rate: float
+        self,
+        batches: Sequence[Batch],
+        totals: Totals,
+        objective: Objective,
+        rate: float,
+        bound: float = math.inf,
     ) -> Outcome:
         """Takes one optimizer step.
 
@@ -67,6 +74,7 @@ class Backend(Protocol):
             totals: Of the global batch.
             objective: What is minimised.
             rate: Learning rate.
+            bound: Largest gradient norm with which the step is taken.
         """
         ...
 

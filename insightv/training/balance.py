@@ -6,11 +6,13 @@ Nothing here changes a result: losses and gradients are sums over trees.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from insightv import models
 
 if TYPE_CHECKING:
     from insightv.training.packing import Tree
@@ -21,58 +23,106 @@ class Cost:
     """Floating-point operations of a training step's forward and backward pass, by part.
 
     A matrix of n weights costs 2n a token forward and 4n backward; a pair of attention costs
-    4 × heads × head size a layer forward, twice that backward. Embeddings, norms and softmax
-    are left out, as is usual (arXiv 2001.08361, appendix B of arXiv 2204.02311).
+    4 × heads × head size a layer forward, twice that backward. What is frozen costs its forward
+    pass. Embeddings, norms and softmax are left out, as is usual (arXiv 2001.08361, appendix B
+    of arXiv 2204.02311).
 
     Attributes:
         token: Of one token in the language model, head excluded.
         pair: Of one (query, key) pair in all its layers.
         target: Of one target in the head.
         patch: Of one patch in the vision tower and the projector, attention left out.
+        side: Pixels of a patch's side.
         pixels: Numbers that make a patch.
+        look: Of one pair of patches in a layer of the vision tower.
+        window: Patches of a window's side where some of its layers see windows only.
+        whole: Layers of the tower that see a whole tile or picture.
+        windowed: Its other layers.
     """
 
     token: float
     pair: float
     target: float
     patch: float
+    side: int
     pixels: int
+    look: float
+    window: int
+    whole: int
+    windowed: int
 
     @classmethod
     def of(cls, model: Any) -> Cost:
         """Counts a model's weights; what requires no gradient is counted forward only."""
         text, vision = model.config.get_text_config(), model.config.vision_config
         head = model.get_output_embeddings().weight
-        apart = {id(head), id(model.get_input_embeddings().weight)}
+        # Rows that are looked up, of tokens or places, are no products.
+        apart = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
+        apart.add(id(head))
         language = {id(weight) for weight in model.model.language_model.parameters()}
+        merged = getattr(vision, "spatial_merge_size", 1) ** 2
         token = patch = 0.0
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             if weight.ndim < 2 or id(weight) in apart:
                 continue
             work = _passes(weight) * weight.numel()
             if id(weight) in language:
                 token += work
             else:
-                patch += work
+                # Qwen's projector sees four patches at once.
+                patch += work / merged if ".merger." in name else work
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        pair = 3 * 4 * size * text.num_attention_heads * text.num_hidden_layers
-        pixels = 3 * vision.patch_size**2 * getattr(vision, "temporal_patch_size", 1)
-        return cls(token, float(pair), _passes(head) * head.numel(), patch, pixels)
+        side = vision.patch_size
+        full = getattr(vision, "fullatt_block_indexes", None)
+        layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+        whole = layers if full is None else len(full)
+        tower = next(models.vision_tower(model).parameters())
+        # In Qwen2-VL's configuration ``hidden_size`` is the language model's.
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size
+        return cls(
+            token=token,
+            pair=6.0 * 2 * size * text.num_attention_heads * text.num_hidden_layers,
+            target=_passes(head) * head.numel(),
+            patch=patch,
+            side=side,
+            pixels=3 * side**2 * getattr(vision, "temporal_patch_size", 1),
+            look=_passes(tower) * 2 * width,
+            window=getattr(vision, "window_size", 0) // side,
+            whole=whole,
+            windowed=layers - whole,
+        )
 
     def __call__(self, tree: Tree) -> float:
         """Operations for one tree."""
-        pixels = sum(
-            tensor.numel()
-            for picture in tree.pictures
-            for name, tensor in picture.tensors.items()
-            if name == "pixel_values"
-        )
         return (
             self.token * len(tree.ids)
             + self.pair * tree.pairs
             + self.target * len(tree.targets)
-            + self.patch * pixels / self.pixels
+            + sum(self._seen(picture.tensors) for picture in tree.pictures)
         )
+
+    def _seen(self, picture: Mapping[str, Tensor]) -> float:
+        """Operations for what the tower and the projector make of a picture."""
+        pixels = picture["pixel_values"]
+        if (grid := picture.get("image_grid_thw")) is not None:
+            tiles = [tuple(row) for row in grid.reshape(-1, 3).tolist()]
+        else:  # tiles of one size, each by itself
+            height, width = pixels.shape[-2:]
+            count = pixels.numel() // (3 * height * width)
+            tiles = [(count, height // self.side, width // self.side)]
+        pairs = sum(
+            count * (self.whole * (rows * columns) ** 2)
+            + count * self.windowed * _squares(rows, self.window) * _squares(columns, self.window)
+            for count, rows, columns in tiles
+        )
+        return self.patch * pixels.numel() / self.pixels + self.look * pairs
+
+
+def _squares(length: int, window: int) -> int:
+    """The sum of the squares of the pieces that windows cut a length into."""
+    if not window:
+        return length**2
+    return length // window * window**2 + (length % window) ** 2
 
 
 def _passes(weight: Tensor) -> float:

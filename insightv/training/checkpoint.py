@@ -24,6 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hpc.disk import disk_errors, sync_folder
+from hpc.errors import UserError
 from insightv.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class Position:
         samples: Samples (pairs) trained on.
         tokens: Tokens that went through the model, padding excluded.
         seconds: Time spent in steps.
-        skipped: Steps passed over because the loss was not a number.
+        skipped: Steps passed over: the loss was not a number, or the gradient a spike.
+        norms: Gradient norms of the last steps that were applied, where spikes are looked for.
         first_loss: Of the first step; None before it.
         last_loss: Of the last step that was applied.
         dropped: Samples that could not be used: key → reason.
@@ -53,6 +55,7 @@ class Position:
     skipped: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    norms: list[float] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
 
 
@@ -161,6 +164,21 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"))
+
+
+def opened(folder: Path) -> Position:
+    """The position of one checkpoint, whose every file is as it was written.
+
+    Raises:
+        UserError: It is none, or damaged.
+    """
+    state = _state(folder)
+    if state is None:
+        raise UserError(f"{folder} is no checkpoint: give a folder checkpoints/step-…")
+    for name, digest in state["files"].items():
+        if Path(name).name != name or _digest(folder / name) != digest:
+            raise UserError(f"checkpoint {folder} is damaged ({name}); take another one")
+    return Position(**state["position"])
 
 
 @contextmanager

@@ -54,7 +54,14 @@ class TrainConfig:
         max_length: Longest sequence in tokens, picture tokens included; a longer sample is
             dropped and counted, never cut.
         seed: Shuffles the data.
-        max_skipped_steps: How many steps with a loss that is not a number may be passed over.
+        max_skipped_steps: How many steps may be passed over, because their loss is not a number
+            or for `spike_factor`, before the training ends.
+        spike_factor: A step whose gradient norm is more than so many times the median of the
+            last ``spike_window`` norms is passed over; 0 takes every step that has a number.
+            Clipping bounds what a spike does, so it is off; 10 is rarely reached but by broken
+            samples.
+        spike_window: How many steps that median is taken of; before so many were taken, none is
+            a spike.
         tokens_per_micro_batch: The packing budget: how many tokens (padding included) go
             through the model at once; a sample that alone has more goes alone. The result is
             the same for any value; memory and speed are not. 16384 holds one sample of the
@@ -65,6 +72,10 @@ class TrainConfig:
         keep: How many checkpoints stay.
         picture_cache_mb: Memory for prepared pictures.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        peak_tflops: What one rank's device computes at best, in 10¹² operations a second of this
+            precision; 0 takes it from a table (`insightv.training.utilisation`). ``mfu`` is
+            told against it.
+        tensorboard: Write the numbers of ``metrics.jsonl`` as TensorBoard's event files, too.
         backend: ``torch`` (one device), ``deepspeed`` (ZeRO over many) or ``megatron`` (tensor
             and pipeline parallel). In fp32 they compute the same; in bf16 they round in
             different places, and a checkpoint of one is no other's.
@@ -88,6 +99,8 @@ class TrainConfig:
     max_length: int = 12288  # paper
     seed: int = 0
     max_skipped_steps: int = 3
+    spike_factor: float = 0.0
+    spike_window: int = 32
     tokens_per_micro_batch: int = unhashed(16384)
     recompute: bool = unhashed(False)
     save_steps: int = unhashed(0)
@@ -95,6 +108,8 @@ class TrainConfig:
     keep: int = unhashed(2)
     picture_cache_mb: int = unhashed(512)
     device: str = unhashed("auto")
+    peak_tflops: float = unhashed(0.0)
+    tensorboard: bool = unhashed(False)
     backend: str = "torch"
     megatron: Layout = unhashed_factory(Layout)
     deepspeed: DeepSpeedConfig = unhashed_factory(DeepSpeedConfig)
@@ -115,13 +130,21 @@ class TrainConfig:
         if self.deepspeed.zero_stage not in (1, 2, 3):
             stage = self.deepspeed.zero_stage
             raise UserError(f"{section}deepspeed.zero_stage is {stage}: choose one of 1, 2, 3")
-        for name in ("epochs", "batch_size", "max_length", "tokens_per_micro_batch", "keep"):
+        for name in (
+            *("epochs", "batch_size", "max_length", "tokens_per_micro_batch", "keep"),
+            "spike_window",
+        ):
             _least(f"{section}{name}", getattr(self, name), 1)
         for name in (
             *("max_steps", "learning_rate", "final_lr_ratio", "weight_decay", "grad_clip"),
             *("max_skipped_steps", "save_steps", "save_seconds", "picture_cache_mb"),
+            *("peak_tflops", "spike_factor"),
         ):
             _least(f"{section}{name}", getattr(self, name), 0)
+        if 0 < self.spike_factor < 1:
+            raise UserError(
+                f"{section}spike_factor is {self.spike_factor}: expected 0, or 1 or more"
+            )
         for name in ("warmup", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{section}{name} is {getattr(self, name)}: expected 0 <= x < 1")

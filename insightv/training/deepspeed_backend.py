@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -117,7 +118,12 @@ class DeepSpeedBackend:
             )
 
     def step(
-        self, batches: Sequence[Batch], totals: Totals, objective: Objective, rate: float
+        self,
+        batches: Sequence[Batch],
+        totals: Totals,
+        objective: Objective,
+        rate: float,
+        bound: float = math.inf,
     ) -> Outcome:
         """See `Backend`."""
         losses: list[Tensor] = []
@@ -138,14 +144,14 @@ class DeepSpeedBackend:
             self._engine.backward(share * self.copies)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
+        with _norms_up_to(bound, self._engine.optimizer) as norms:
+            self._engine.step()
         if not self._engine.was_step_applied():
             # DeepSpeed 0.19.8 adds the next step's offloaded gradients to these.
             sums = getattr(self._engine.optimizer, "averaged_gradients", {})
             sums.update(dict.fromkeys(sums))
-            return Outcome(loss, norm, False, {})
-        return Outcome(loss, norm, True, objective.metrics(replies))
+            return Outcome(loss, norms[0] if norms else math.inf, False, {})
+        return Outcome(loss, norms[0], True, objective.metrics(replies))
 
     @torch.no_grad()
     def loss(self, batch: Batch, objective: Objective) -> float:
@@ -464,6 +470,32 @@ def _adam(config: TrainConfig) -> Callable[[Any], torch.optim.Optimizer]:
         )
 
     return build
+
+
+@contextmanager
+def _norms_up_to(bound: float, optimizer: Any) -> Iterator[list[float]]:
+    """Lets DeepSpeed take a gradient norm above ``bound`` for one that is no number (0.19.8).
+
+    Each of its optimizers asks that of the global norm, the same on all ranks, before it changes
+    anything; and then leaves the step out.
+
+    Yields:
+        The norm, once it is known; nothing if it is no number.
+    """
+    module: Any = sys.modules[type(optimizer).__module__]
+    invalid, norms = module.is_invalid_grad_norm, []
+
+    def refused(norm: Tensor) -> bool:
+        if invalid(norm):
+            return True
+        norms.append(float(norm))
+        return norms[-1] > bound
+
+    module.is_invalid_grad_norm = refused
+    try:
+        yield norms
+    finally:
+        module.is_invalid_grad_norm = invalid
 
 
 @contextmanager

@@ -8,6 +8,7 @@ of the model prepares the samples that the plan gives to it, and no others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 
@@ -30,6 +31,7 @@ class Step:
         dropped: Samples of the global batch that could not be used: key → reason.
         trees: The copy's samples.
         most: How many the copy with the most has.
+        flops: Operations that the global batch's samples cost (`balance.Cost`).
     """
 
     batches: list[Batch] = field(default_factory=list)
@@ -37,6 +39,7 @@ class Step:
     dropped: dict[str, str] = field(default_factory=dict)
     trees: list[Tree] = field(default_factory=list)
     most: int = 0
+    flops: float = 0.0
 
 
 class Loader:
@@ -110,6 +113,7 @@ class Loader:
             dropped,
             [tree(number) for number in _numbers(plan)],
             max(len(_numbers(one)) for one in plans),
+            math.fsum(cost for *_, cost in samples),
         )
 
     def _measured(

@@ -71,7 +71,12 @@ class TorchBackend:
         )
 
     def step(
-        self, batches: Sequence[Batch], totals: Totals, objective: Objective, rate: float
+        self,
+        batches: Sequence[Batch],
+        totals: Totals,
+        objective: Objective,
+        rate: float,
+        bound: float = math.inf,
     ) -> Outcome:
         """See `Backend`."""
         self._optimizer.zero_grad(set_to_none=True)
@@ -87,7 +92,7 @@ class TorchBackend:
                 parts.append(part)
         loss = torch.stack(losses).sum().item()
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (math.isfinite(loss) and math.isfinite(norm) and norm <= bound):
             self._optimizer.zero_grad(set_to_none=True)
             return Outcome(loss, norm, False, {})
         for group in self._optimizer.param_groups:

@@ -1,8 +1,8 @@
 """Training runs: SFT and DPO of one model from rows to a Hugging Face folder.
 
-In the stage's directory stand ``metrics.jsonl`` (one line a step), ``dropped.jsonl`` (samples
-that were not used, with the reason), ``checkpoints/`` while training, and ``training.json``
-once it is done. The model folder appears whole or not at all.
+In the stage's directory stand ``metrics.jsonl`` (one line a step), ``tensorboard/`` if asked for,
+``dropped.jsonl`` (samples that were not used, with the reason), ``checkpoints/`` while training,
+and ``training.json`` once it is done. The model folder appears whole or not at all.
 
 Every rank runs this same loop; the first one writes what is written once, and whatever may go
 wrong on one of them only is agreed upon (`insightv.training.ranks`).
@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import IO, Any
 
 from hpc.config import digest, shaping
@@ -33,11 +34,16 @@ from insightv.training.backend import Backend, Outcome, load_backend
 from insightv.training.batches import Encoder, Example, Rows, TooLong
 from insightv.training.checkpoint import Checkpoints, Position, writing
 from insightv.training.config import DPOConfig, SFTConfig, TrainConfig
+from insightv.training.events import Events, check_installed
 from insightv.training.loading import Loader, Step
 from insightv.training.objectives import Objective, Preference, Supervised
 from insightv.training.ranks import Ranks, joined
+from insightv.training.utilisation import peak, utilisation
 
 logger = logging.getLogger(__name__)
+
+SUSPECTS = 8
+"""How many samples of a step that is a spike are named."""
 
 
 def train_sft(
@@ -133,6 +139,8 @@ def train_dpo(
 
 
 def _loaded(model: Path, config: TrainConfig, ranks: Ranks) -> Backend:
+    if config.tensorboard:
+        ranks.first(check_installed)
     backends: list[Backend] = []
     ranks.every(lambda: backends.append(load_backend(model, config, ranks)))
     return backends[0]
@@ -154,7 +162,7 @@ class _Training:
     ):
         self.config, self.backend, self.objective = config, backend, objective
         self.encode, self.out, self.context, self.reference = encode, out, context, reference
-        self.ranks = ranks
+        self.ranks, self.peak = ranks, peak(config, ranks)
         self.checkpoints = Checkpoints(context.directory / "checkpoints", config.keep, ranks)
         self.metrics = context.directory / "metrics.jsonl"
         self.finished = context.directory / "training.json"
@@ -191,6 +199,10 @@ class _Training:
         )
         with ExitStack() as stack:
             log = stack.enter_context(self.metrics.open("a")) if self.ranks.lead else None
+            events = None
+            if config.tensorboard and self.ranks.lead:
+                events = Events(self.metrics.with_name("tensorboard"), position.step)
+                stack.callback(events.close)
             loader = stack.enter_context(ThreadPoolExecutor(1))
             # The next step's samples are read and encoded while this one trains.
             ahead = loader.submit(load, position.step)
@@ -203,10 +215,9 @@ class _Training:
                 if position.step + 1 < steps:
                     ahead = loader.submit(load, position.step + 1)
                 line = self._step(position, steps, step)
-                self.ranks.first(partial(self._tell, line, log))
+                self.ranks.first(partial(self._tell, line, log, events))
                 numbers = {"rate": line["samples"] / max(line["seconds"], 1e-9)}
-                if line["loss"] is not None:
-                    numbers["loss"] = line["loss"]
+                numbers |= {name: line[name] for name in ("loss", "mfu") if line[name] is not None}
                 self.context.progress(position.step, steps, **numbers)
                 due = position.step < steps and self._save_due(position.step, saved)
                 if self.ranks.any(due):
@@ -214,11 +225,13 @@ class _Training:
                     saved = time.monotonic()
         return self._finish(position, len(rows))
 
-    def _tell(self, line: dict[str, Any], log: IO[str] | None) -> None:
+    def _tell(self, line: dict[str, Any], log: IO[str] | None, events: Events | None) -> None:
         assert log is not None
         with disk_errors(self.metrics):
             log.write(json.dumps(line) + "\n")
             log.flush()
+        if events is not None:
+            events.write(line)
 
     def _step(self, position: Position, steps: int, step: Step) -> dict[str, Any]:
         """One optimizer step; moves ``position`` on and returns the line to log."""
@@ -229,7 +242,8 @@ class _Training:
         line: dict[str, Any] = {"step": position.step, "loss": None, "grad_norm": None, "lr": rate}
         totals = step.totals
         if step.batches:
-            outcome = self.backend.step(step.batches, totals, self.objective, rate)
+            bound = self._bound(position)
+            outcome = self.backend.step(step.batches, totals, self.objective, rate, bound)
             if outcome.applied:
                 position.samples += totals.samples
                 line |= {"loss": outcome.loss, "grad_norm": outcome.grad_norm}
@@ -237,13 +251,21 @@ class _Training:
                 if position.first_loss is None:
                     position.first_loss = outcome.loss
                 position.last_loss = outcome.loss
+                if self.config.spike_factor:
+                    position.norms.append(outcome.grad_norm)
+                    del position.norms[: -self.config.spike_window]
             else:
-                line["skipped"] = self._skip(position, outcome, step)
+                if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+                    line["grad_norm"] = outcome.grad_norm
+                line["skipped"] = self._skip(position, outcome, step, bound)
         seconds = time.monotonic() - began
         position.tokens += totals.tokens
         position.seconds += seconds
         line |= {"samples": totals.samples, "tokens": totals.tokens}
         line |= {"target_tokens": totals.target_tokens, "seconds": round(seconds, 4)}
+        # A step that is skipped takes the time of looking for the samples to blame as well.
+        done = None if line["loss"] is None else self.peak
+        line |= {"flops": step.flops, "mfu": utilisation(step.flops, seconds, done)}
         if totals.places:
             # What packing left empty, and what sharing prefixes saved.
             line["packing_efficiency"] = round(totals.tokens / totals.places, 4)
@@ -252,33 +274,45 @@ class _Training:
             line["dropped"] = sorted(step.dropped)
         return line
 
-    def _skip(self, position: Position, outcome: Outcome, step: Step) -> list[str]:
-        """Records a step whose loss is not a number; returns the keys of those to blame."""
+    def _bound(self, position: Position) -> float:
+        """The largest gradient norm that is no spike."""
+        config = self.config
+        if not config.spike_factor or len(position.norms) < config.spike_window:
+            return math.inf
+        return config.spike_factor * median(position.norms)
+
+    def _skip(self, position: Position, outcome: Outcome, step: Step, bound: float) -> list[str]:
+        """Records a step that was not applied; returns the keys of those to blame."""
         position.skipped += 1
-        found = self.ranks.every(lambda: [self._guilty(step), [tree.key for tree in step.trees]])
-        guilty, everyone = (
-            {key for keys in some for key in keys} for some in zip(*found, strict=True)
-        )
-        keys = sorted(guilty or everyone)
+        found = self.ranks.every(lambda: self._losses(step))
+        losses = {key: loss for told in found for key, loss in told}
+        if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+            why = (
+                f"the gradient norm of step {position.step} is {outcome.grad_norm:.4g}, above "
+                f"{bound:.4g} (spike_factor times the last median)"
+            )
+            # No sample's share of a norm is known; those that fit worst come first.
+            keys = sorted(losses, key=lambda key: (-(losses[key] or 0.0), key))[:SUSPECTS]
+        else:
+            what = "gradient" if math.isfinite(outcome.loss) else "loss"
+            why = f"the {what} of step {position.step} is not a number"
+            keys = sorted(key for key in losses if losses[key] is None) or sorted(losses)
         shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
         if position.skipped > self.config.max_skipped_steps:
-            what = "loss" if not math.isfinite(outcome.loss) else "gradient"
             raise self._ended(
-                f"the {what} of step {position.step} is not a number, and "
-                f"{position.skipped - 1} steps were skipped before (max_skipped_steps); "
+                f"{why}, and {position.skipped - 1} steps were skipped before (max_skipped_steps); "
                 f"samples {shown}: mend or remove them, or lower the learning rate"
             )
         if self.ranks.lead:
-            logger.warning("step %d is skipped, its loss is not a number: %s", position.step, shown)
+            logger.warning("%s; it is skipped: %s", why, shown)
         return keys
 
-    def _guilty(self, step: Step) -> list[str]:
-        """This copy's samples whose loss alone is not a number."""
-        found = []
+    def _losses(self, step: Step) -> list[tuple[str, float | None]]:
+        """The loss of each of this copy's samples alone; None where it is not a number."""
+        found: list[tuple[str, float | None]] = []
         for tree in step.trees:
-            batch = self.backend.packer.alone(tree)
-            if not math.isfinite(self.backend.loss(batch, self.objective)):
-                found.append(tree.key)
+            loss = self.backend.loss(self.backend.packer.alone(tree), self.objective)
+            found.append((tree.key, loss if math.isfinite(loss) else None))
         for _ in range(step.most - len(step.trees)):  # copies ask equally often
             self.backend.loss(step.batches[0].idle(), self.objective)
         return found
@@ -327,6 +361,7 @@ class _Training:
         too_long = sum(reason.startswith(TooLong.__name__) for reason in position.dropped.values())
         numbers = asdict(position)
         identity, dropped = numbers.pop("identity"), numbers.pop("dropped")
+        del numbers["norms"]
         counts: Counts = {
             "rows": rows,
             **numbers,

@@ -247,7 +247,7 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
             assert applied
             norms.append(norm)
             losses.append(torch.stack(shares).sum() if shares else torch.zeros(()))
-        assert not optimizer.step(RATE, finite=False)[1]
+        assert not optimizer.step(RATE, bound=0.0)[1]
         out = folder / name
         (out / "state").mkdir(parents=True, exist_ok=True)
         optimizer.save(pieces, shape, layout, out / "state")

@@ -51,6 +51,8 @@ CASES = {
 ADAM = {"batch_size": 4, "epochs": 10, "learning_rate": 1e-3, "grad_clip": 1.0}
 SHORT = ADAM | {"epochs": 3, "save_steps": 2}
 HALF = SHORT | {"precision": "bf16"}
+SPIKE = ADAM | {"batch_size": 2, "epochs": 3, "spike_factor": 1.05, "spike_window": 3}
+SPIKE |= {"max_skipped_steps": 12}
 RUNS = {
     "adam-1": ("sft", "llava-next", 1, ADAM, 0),
     "adam-2": ("dpo", "llava-onevision", 2, ADAM, 0),
@@ -69,6 +71,8 @@ RUNS = {
         HALF | {"epochs": 2, "bad": "-inf", "offload": True},
         0,
     ),
+    "spike-2": ("dpo", "llava-onevision", 2, SPIKE, 0),
+    "spike-3": ("dpo", "llava-onevision", 3, SPIKE | {"offload": True}, 0),
     "inf-3": ("dpo", "llava-onevision", 3, ADAM | {"epochs": 2, "bad": "-inf"}, 0),
 }
 """Kind, base, stage, keys, steps until it is stopped."""
@@ -267,6 +271,19 @@ def test_a_step_without_a_number_is_left_out_on_all_ranks(work, name):
     model = load_file(work / name / "model" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in model.values())
     assert found[-1]["loss"] is None or found[-1]["loss"] < 100
+
+
+@pytest.mark.parametrize("name", ["spike-2", "spike-3"])
+def test_spikes_are_left_out_as_torch_does(work, name):
+    kind, base, _, keys, _ = RUNS[name]
+    trained(work / f"torch-{name}", kind, work / base, config_of(kind, "torch", **keys))
+    ours, theirs = lines(work / name), lines(work / f"torch-{name}")
+    assert len(ours) == 12 and any("skipped" in line for line in ours)
+    for here, there in zip(ours, theirs, strict=True):
+        assert here.get("skipped") == there.get("skipped")
+        for key in ("loss", "grad_norm", "flops"):
+            assert here[key] == pytest.approx(there[key], abs=1e-3), key
+    alike(work / name / "model", work / f"torch-{name}" / "model", 1e-3)
 
 
 @pytest.mark.full

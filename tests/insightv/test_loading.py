@@ -89,6 +89,7 @@ def test_ranks_share_a_step(case, count, copies, number):
     assert sorted(keys) == sorted(tree.key for tree in whole.trees)
     assert len({len(step.batches) for step, _ in made}) == 1
     assert {step.most for step, _ in made} == {max(len(step.trees) for step, _ in made)}
+    assert {step.flops for step, _ in made} == {whole.flops} != {0.0}
     for step, seen in made:
         for name in ("samples", "target_tokens", "tokens", "unshared"):
             assert getattr(step.totals, name) == getattr(whole.totals, name)

@@ -47,6 +47,8 @@ ADAM = PLAIN | {
     "tokens_per_micro_batch": 300,
     "save_steps": 3,
 }
+SPIKE = ADAM | {"batch_size": 3, "spike_factor": 1.05, "spike_window": 3, "epochs": 4}
+SPIKE |= {"max_skipped_steps": 99}
 SGD = PLAIN | {"epochs": 12, "max_length": 100, "learning_rate": 0.1, "warmup": 0.0}
 RUNS = [
     *(Run(f"dpo-{layout}", layout, GRADIENT, pairs=True, stop_at=1) for layout in LAYOUTS),
@@ -54,6 +56,7 @@ RUNS = [
     Run("dpo-tp2-pp2-sp", "tp2-pp2-sp", WIDE, pairs=True, stop_at=1),
     Run("adam", "tp2-pp2", ADAM, pairs=True),
     Run("stopped", "tp2-pp2", ADAM, pairs=True, stop_at=5),
+    Run("spike", "tp2", SPIKE, pairs=True),
 ]
 AGAIN = [
     Run("same", "tp2-pp2", ADAM, pairs=True),
@@ -100,6 +103,7 @@ def made(work):
     one(work, "sft", GRADIENT, stop_at=1)
     one(work, "dpo", GRADIENT, stop_at=1)
     one(work, "dpo", ADAM, name="torch-adam")
+    one(work, "dpo", SPIKE, name="torch-spike")
     return work
 
 
@@ -267,6 +271,16 @@ def test_a_bad_row_ends_all_with_one_line(made):
     assert sum(line == "SystemExit 2" for line in said) == 3
     (line,) = (line for line in said if line.startswith("UserError"))
     assert "training sample set:train:7: the chat must begin with a user turn" in line
+
+
+def test_spikes_are_skipped_as_torch_does(made):
+    ours, theirs = lines(made, "spike"), lines(made, "torch-spike")
+    assert any("skipped" in line for line in ours)
+    for here, there in zip(ours, theirs, strict=True):
+        assert here.get("skipped") == there.get("skipped")
+        for name in ("loss", "grad_norm", "flops"):
+            assert here[name] == pytest.approx(there[name], abs=1e-3), name
+    weights(made, "torch-spike", "spike", 1e-3)
 
 
 def test_a_loss_that_is_no_number_is_skipped_by_all(made):

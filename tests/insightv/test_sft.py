@@ -1,6 +1,7 @@
 """SFT: the loss of Hugging Face, the same for any micro-batches, and whole trainings."""
 
 import json
+from statistics import median
 
 import pytest
 import torch
@@ -235,6 +236,62 @@ def test_a_loss_that_is_no_number_is_skipped_and_its_samples_told(pictures, tmp_
     few = config(epochs=2, batch_size=3, max_skipped_steps=1)
     with pytest.raises(UserError, match=f"not a number.*{rows[3]['key']}"):
         train_sft(few, model, rows, store_, tmp_path / "n", Here(tmp_path / "again"))
+
+
+def spikes(lines: list[dict], factor: float, window: int) -> list[int]:
+    """The steps whose norm is above ``factor`` times the median of the last applied ones."""
+    norms, found = [], []
+    for line in lines:
+        if len(norms) >= window and line["grad_norm"] > factor * median(norms[-window:]):
+            found.append(line["step"])
+        else:
+            norms.append(line["grad_norm"])
+    return found
+
+
+def test_a_spike_is_skipped_and_remembered(pictures, tmp_path):
+    store_, ids = pictures
+    rows = sample_rows(ids)
+    keys = {"epochs": 2, "batch_size": 2, "spike_factor": 1.05, "spike_window": 3}
+    settings = config(**keys, max_skipped_steps=9)
+    whole = Here(tmp_path / "whole")
+    counts = train_sft(settings, family("llava"), rows, store_, tmp_path / "m", whole)
+    skipped = [line for line in whole.lines() if "skipped" in line]
+    assert [line["step"] for line in skipped] == spikes(whole.lines(), 1.05, 3) != []
+    assert counts["skipped"] == len(skipped) and "norms" not in counts
+    for line in skipped:
+        assert line["loss"] is None and line["mfu"] is None and len(line["skipped"]) == 2
+    # The last norms are kept over a stop.
+    for stop in (skipped[0]["step"] - 1, skipped[0]["step"]):
+        parts = tmp_path / f"parts-{stop}"
+        data = family("llava"), rows, store_, parts / "m"
+        assert train_sft(settings, *data, Here(parts, stop_at=stop)) is None
+        assert train_sft(settings, *data, Here(parts))["last_loss"] == counts["last_loss"]
+        assert [line["loss"] for line in Here(parts).lines()] == [
+            line["loss"] for line in whole.lines()
+        ]
+    few = config(**keys, max_skipped_steps=0)
+    step = skipped[0]["step"]
+    with pytest.raises(UserError, match=f"gradient norm of step {step} is .*, above .*samples set"):
+        train_sft(few, family("llava"), rows, store_, tmp_path / "n", Here(tmp_path / "few"))
+    with pytest.raises(UserError, match="spike_factor is 0.5"):
+        config(spike_factor=0.5).validate()
+
+
+def test_a_skipped_spike_changes_nothing(pictures):
+    backend = TorchBackend(family("llava"), config())
+    batches = packed(backend, examples(backend, pictures)[:3], 10**6)
+    totals = Totals.of(batches)
+    before = {name: weight.clone() for name, weight in backend.model.named_parameters()}
+    norm = backend.step(batches, totals, Supervised(), 0.0).grad_norm
+    moments = [v.clone() for s in backend._optimizer.state.values() for v in s.values()]
+    spiked = backend.step(batches, totals, Supervised(), 1.0, bound=0.9 * norm)
+    assert not spiked.applied and spiked.grad_norm == pytest.approx(norm)
+    for name, weight in backend.model.named_parameters():
+        assert torch.equal(weight, before[name])
+    after = [v for s in backend._optimizer.state.values() for v in s.values()]
+    assert all(map(torch.equal, after, moments))
+    assert backend.step(batches, totals, Supervised(), 0.0, bound=1.1 * norm).applied
 
 
 def test_a_finished_training_is_not_repeated(pictures, tmp_path):

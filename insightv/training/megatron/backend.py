@@ -99,12 +99,17 @@ class MegatronBackend:
         )
 
     def step(
-        self, batches: Sequence[Batch], totals: Totals, objective: Objective, rate: float
+        self,
+        batches: Sequence[Batch],
+        totals: Totals,
+        objective: Objective,
+        rate: float,
+        bound: float = math.inf,
     ) -> Outcome:
         """See `Backend`."""
         shares, parts = self._run(batches, totals, objective)
         loss, replies = whole_batch(self._ranks, self._speaks, shares, parts)
-        norm, applied = self._optimizer.step(rate, math.isfinite(loss))
+        norm, applied = self._optimizer.step(rate, bound if math.isfinite(loss) else -math.inf)
         return Outcome(loss, norm, applied, objective.metrics(replies) if applied else {})
 
     def loss(self, batch: Batch, objective: Objective) -> float:

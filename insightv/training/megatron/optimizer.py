@@ -69,21 +69,21 @@ class Adam:
             )
         self._each = getattr(self._whole, "chained_optimizers", [self._whole])
 
-    def step(self, rate: float, finite: bool = True) -> tuple[float, bool]:
+    def step(self, rate: float, bound: float = math.inf) -> tuple[float, bool]:
         """Takes a step from the gradients of `forward_backward`.
 
         Args:
             rate: Learning rate.
-            finite: Whether the loss is a number; the same on every rank.
+            bound: Largest norm with which weights are changed; the same on every rank.
 
         Returns:
             The global gradient norm before clipping, and whether weights were changed: they
-            are not if loss or norm is no number.
+            are not if the norm is no number, or above ``bound``.
         """
         with cpu.calls():
             self._whole.prepare_grads()
             norm = float(self._whole.clip_grad_norm(self._clip))
-            if not (finite and math.isfinite(norm)):
+            if not (math.isfinite(norm) and norm <= bound):
                 return norm, False
             for group in self._whole.param_groups:
                 group["lr"] = rate
