@@ -120,7 +120,9 @@ def prepare(chain: Chain, name: str) -> None:
             _prepare(chain, name)
             return
         except (FileNotFoundError, UserError) as error:
-            if not left or not isinstance(error.__cause__ or error, FileNotFoundError):
+            # A folder that was there and is gone once one looks is refused as existing.
+            taken = isinstance(error.__cause__ or error, FileNotFoundError | FileExistsError)
+            if not left or not taken:
                 raise
             time.sleep(random.uniform(0.05, 0.2))
 

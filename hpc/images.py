@@ -221,7 +221,7 @@ def build(
             for path in (offline / "wheels").iterdir():
                 _link(path, context / "wheels" / path.name)
         arguments = {
-            "commit": _ask(["git", "-C", str(source), "rev-parse", "HEAD"]) or "unknown",
+            "commit": _commit(source) if offline is None else _bundled_commit(offline, source, say),
             "locked": _digest(definition.lock),
             "index": "--no-index" if offline is not None else "",
         }
@@ -289,6 +289,21 @@ def describe(built: Path, target: Path, say: Say = print) -> str:
     return summed
 
 
+def _commit(source: Path) -> str:
+    return _ask(["git", "-C", str(source), "rev-parse", "HEAD"]) or "unknown"
+
+
+def _bundled_commit(offline: Path, source: Path, say: Say) -> str:
+    """The commit of the package in a bundle; says so if this folder holds another."""
+    try:
+        held = (offline / "commit").read_text().strip()
+    except FileNotFoundError:
+        held = "unknown"
+    if held != (here := _commit(source)):
+        say(f"the package is the bundle's, of commit {held[:12]}; {source} is at {here[:12]}")
+    return held
+
+
 def wheel(source: Path, folder: Path) -> None:
     """Packs this very package.
 
@@ -330,6 +345,7 @@ def bundle(
     for old in (folder / "wheels").glob("insightv_hpc-*.whl"):
         old.unlink()
     wheel(source, folder / "wheels")
+    write_atomic(folder / "commit", _commit(source) + "\n")
     _pip([*words, "--dest", str(folder / "wheels"), "-r", str(definition.lock)], "no bundle")
     for name, image in definition.bases.items():
         target, part = folder / f"{name}.sif", folder / f".{name}.sif"

@@ -274,7 +274,7 @@ def test_a_picture_is_encoded_once(make, pictures, monkeypatch):
     seen = []
     real = chats.encode_picture
     monkeypatch.setattr(
-        models, "encode_picture", lambda p, image: seen.append(image.size) or real(p, image)
+        chats, "encode_picture", lambda p, image: seen.append(image.size) or real(p, image)
     )
     engine = make()
     complete(engine, *(request(pictures, number=n % 2, seed=n) for n in range(8)))

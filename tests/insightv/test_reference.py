@@ -83,7 +83,9 @@ def test_questions_in_flight_share_batches(pictures, monkeypatch):
     calls = []
     original = room.token_logps
     monkeypatch.setattr(
-        room, "token_logps", lambda model, batch: calls.append(batch) or original(model, batch)
+        room,
+        "token_logps",
+        lambda model, batch, most: calls.append(batch) or original(model, batch),
     )
     groups = {str(n): [row] for n, row in enumerate(pair_rows(ids, 12))}
     filled(Reference(family("llava"), config(), store_), groups)
@@ -113,7 +115,7 @@ def test_a_pair_too_long_is_passed_on(pictures):
 def test_a_model_that_fails_fails_every_waiting_call(pictures, monkeypatch):
     store_, ids = pictures
 
-    def fail(model, batch):
+    def fail(model, batch, most):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(room, "token_logps", fail)
