@@ -42,7 +42,7 @@ def hold(path: Path, patience: float = 60.0) -> Iterator[int]:
             holder = _holder(descriptor)
             if holder and (holder[0] != socket.gethostname() or _alive(holder[1])):
                 raise UserError(
-                    f"{path.parent}: process {holder[1]} on {holder[0]} already runs this chain; "
+                    f"{path.parent}: process {holder[1]} on {holder[0]} is at work there already; "
                     "wait for it, or end it first"
                 )
             if time.monotonic() > give_up:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -206,7 +206,7 @@ class _Alone:
     """The context of a training that belongs to no run: checkpoints stand beside the model."""
 
     def __init__(self, out: Path):
-        self.run = out.parent
+        self.out, self.run = out, out.parent
         self.directory = out.with_name(out.name + ".training")
         self.stop = False
         self.lead = int(os.environ.get("RANK", "0")) == 0  # of several, the one that is heard
@@ -223,6 +223,23 @@ class _Alone:
     def stopping(self) -> bool:
         return self.stop
 
+    def _refuse_strangers(self) -> None:
+        """Refuses an output folder that this command has not made: it would be replaced.
+
+        Raises:
+            UserError: There is something else.
+        """
+        begun = (self.directory / "metrics.jsonl").is_file()
+        if (
+            self.out.exists()
+            and not begun
+            and not (self.out.is_dir() and not any(self.out.iterdir()))
+        ):
+            raise UserError(
+                f"--out {self.out} is there already, and no training of this command made it; "
+                "name a folder that is not there"
+            )
+
     @contextmanager
     def at_work(self) -> Iterator[_Alone]:
         """Shows a bar, and turns the first signal into a wish to stop."""
@@ -230,19 +247,24 @@ class _Alone:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         from hpc.disk import make_folder
+        from hpc.locking import hold
 
         def note(number: int, frame: FrameType | None) -> None:
             self.stop = True
             signal.signal(number, before[signal.Signals(number)])
 
+        if self.lead:
+            self._refuse_strangers()
         make_folder(self.directory)
+        held = hold(self.directory / "lock", 5.0) if self.lead else nullcontext()
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, note) for number in numbers}
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
         try:
             console = Console(stderr=True)
             hidden = not console.is_terminal or not self.lead
-            with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+            bars = Progress(*columns, console=console, transient=True, disable=hidden)
+            with held, bars as bar:
                 bar.add_task("", total=None)
                 self.bar = bar
                 yield self

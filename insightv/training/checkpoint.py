@@ -134,7 +134,10 @@ class Checkpoints:
     def resume(self, identity: str, read: Callable[[Path], None]) -> Position | None:
         """Reads the newest whole checkpoint of this training; None if there is none.
 
-        Damaged ones, and those of another configuration, model or data set, are removed.
+        Damaged ones are removed.
+
+        Raises:
+            UserError: A whole one is of another configuration, model or data set.
         """
         for name in reversed(self.ranks.first(lambda: [path.name for path in self._steps()])):
             folder = self.directory / name
@@ -142,9 +145,10 @@ class Checkpoints:
             if position is not None and position.identity == identity:
                 self.ranks.every(partial(read, folder))
                 return position
-            fault = "is damaged" if position is None else "is of another configuration or data set"
+            if position is not None:
+                self.ranks.first(partial(_refuse, folder))
             if self.ranks.lead:
-                logger.warning("checkpoint %s %s: removed", folder, fault)
+                logger.warning("checkpoint %s is damaged: removed", folder)
             self.ranks.first(partial(shutil.rmtree, folder))
         return None
 
@@ -215,3 +219,10 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""
+
+
+def _refuse(folder: Path) -> None:
+    raise UserError(
+        f"checkpoint {folder} is of another configuration, model or data set; give the same to "
+        f"go on with it, or remove {folder.parent} to begin anew"
+    )

@@ -260,7 +260,7 @@ def test_two_drivers_on_one_run(tmp_path: Path) -> None:
     first = program(tmp_path, "pause=0.2")
     try:
         wait_for(lambda: bool(processes_of(tmp_path)))
-        with pytest.raises(UserError, match=f"process {first.pid} on .* already runs"):
+        with pytest.raises(UserError, match=f"process {first.pid} on .* is at work there"):
             counting.run(tmp_path)
         assert status(counting.open_chain(tmp_path))["state"] == "running"
     finally:

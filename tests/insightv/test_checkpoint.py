@@ -222,3 +222,11 @@ def test_another_training_is_never_resumed(tmp_path):
     assert resumed(checkpoints, "other") is None
     checkpoints.save(Position("other", step=1), writer(1))  # not ousted by the higher step
     assert resumed(checkpoints, "other") == (1, 1.0)
+
+
+def test_one_of_another_training_is_not_lost(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(Position("me", step=3), writer(3))
+    with pytest.raises(UserError, match="step-0000003 is of another configuration.*remove"):
+        resumed(checkpoints, "another")
+    assert resumed(checkpoints) == (3, 3.0)
