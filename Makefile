@@ -58,5 +58,5 @@ $(VENV)/.demo: $(GROUND) | $(VENV)/bin/python
 
 $(VENV)/.test: $(GROUND) | $(VENV)/bin/python
 	@echo "Installing into $(VENV) (minutes the first time)"
-	@$(PIP) -e '.[demo,test,megatron,deepspeed,serve]'
+	@$(PIP) -e '.[demo,test,megatron,deepspeed,serve,tensorboard]'
 	@touch $@ $(VENV)/.demo
