@@ -50,13 +50,14 @@ class Ready:
     shrunk: bool = False
 
 
-def encoded(value: Any, folder: Path | None) -> Iterator[bytes]:
+def encoded(value: Any, folder: Path | None, depth: int = 4) -> Iterator[bytes]:
     """The encoded pictures of a column's value: one, several, or none.
 
     Args:
         value: Bytes; a file's name; ``{"bytes": …, "path": …}`` as `datasets` stores
             pictures; a list of these; or None.
         folder: Where named files lie; they never lead out of it.
+        depth: How deep lists and dictionaries may be nested.
 
     Raises:
         RecordError: A file is missing, leads elsewhere or is too large, or a value is none of
@@ -64,16 +65,18 @@ def encoded(value: Any, folder: Path | None) -> Iterator[bytes]:
     """
     if value is None:
         return
+    if depth < 0:
+        raise RecordError("picture: a value in too many lists")
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from encoded(item, folder)
+            yield from encoded(item, folder, depth - 1)
     elif isinstance(value, (bytes, bytearray, memoryview)):
         if len(value) > MOST_BYTES:
             raise RecordError(f"picture: {len(value):,} bytes, at most {MOST_BYTES:,} are taken")
         yield bytes(value)
     elif isinstance(value, dict) and ("bytes" in value or "path" in value):
         inner = value.get("bytes")
-        yield from encoded(value.get("path") if inner is None else inner, folder)
+        yield from encoded(value.get("path") if inner is None else inner, folder, depth - 1)
     elif isinstance(value, str):
         if value:
             yield _read(value, folder)

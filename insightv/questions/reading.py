@@ -309,7 +309,8 @@ class _Reader:
         """
         known, form = LETTERS[: len(options)], self.mapping.answer_is
         if form.startswith("index"):
-            place = int(answer) - (form == "index_from_one") if answer.isdigit() else -1
+            number = int(answer) if re.fullmatch(r"[0-9]{1,3}", answer) else -1
+            place = number - (form == "index_from_one")
             if 0 <= place < len(known):
                 return known[place]
         named = re.match(r"\(?([A-Z])\)?(?:[.):\s]|$)", answer) if form == "letter" else None
@@ -402,7 +403,7 @@ class _Reader:
 
 def _dropped(key: str, reason: str, broken: bool = False) -> Dropped:
     """Cuts a reason where its particulars begin, so that reasons can be counted."""
-    kind = re.sub(r"'[^']*'|\b[0-9a-f]{12}\b|\d[\d,]*", "…", reason).split(" (")[0]
+    kind = re.sub(r"(?<!\w)'[^']*'|\b[0-9a-f]{12}\b|\d[\d,]*", "…", reason).split(" (")[0]
     return Dropped(key, kind[:80], reason[:500], broken)
 
 

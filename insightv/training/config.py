@@ -16,6 +16,8 @@ from insightv.training.megatron.layout import Layout
 TERMS = ("sigmoid", "ipo", "bco", "sft")
 """The terms a preference objective may weigh; `insightv.training.objectives` defines them."""
 
+MOST = 10**15
+"""Of any number here; beyond it they lose their last digits in a float."""
 BACKENDS = ("torch", "deepspeed", "megatron")
 """What holds the model; `insightv.training.backend` says what each of them must do."""
 
@@ -141,6 +143,8 @@ class TrainConfig:
             *("peak_tflops", "spike_factor"),
         ):
             _least(f"{section}{name}", getattr(self, name), 0)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"{section}seed is {self.seed}: expected 0 <= x < 2^63")
         if 0 < self.spike_factor < 1:
             raise UserError(
                 f"{section}spike_factor is {self.spike_factor}: expected 0, or 1 or more"
@@ -256,5 +260,5 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
-        raise UserError(f"{name} is {value}: expected a number of at least {least}")
+    if not least <= value <= MOST:
+        raise UserError(f"{name} is {value}: expected a number from {least} to {MOST:.0e}")

@@ -216,14 +216,6 @@ def test_a_full_disk_is_said_and_leaves_the_old_one(error, tmp_path):
     assert resumed(checkpoints) == (3, 3.0)
 
 
-def test_another_training_is_never_resumed(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(Position("me", step=90), writer(90))
-    assert resumed(checkpoints, "other") is None
-    checkpoints.save(Position("other", step=1), writer(1))  # not ousted by the higher step
-    assert resumed(checkpoints, "other") == (1, 1.0)
-
-
 def test_one_of_another_training_is_not_lost(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(Position("me", step=3), writer(3))

@@ -124,6 +124,6 @@ def read(answer: Any, request: Request) -> Completion:
         return Completion(text[: min(found)], tokens, "stop")
     if told == "abort":
         raise Garbled("the server broke the completion off")
-    if told not in _FINISHES:
+    if not isinstance(told, str) or told not in _FINISHES:
         raise RecordError(f"the server ended the completion for {excerpt(str(told))!r}")
     return Completion(text, tokens, "length" if _FINISHES[told] == "length" else "stop")

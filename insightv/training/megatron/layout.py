@@ -54,6 +54,7 @@ class Layout:
         Raises:
             UserError: The ranks cannot be divided into whole copies.
         """
+        self._check_sizes()
         if ranks == 1 < self.model_ranks:
             raise UserError(
                 f"megatron.tensor_parallel x pipeline_parallel is {self.model_ranks}, and this is "
@@ -74,10 +75,8 @@ class Layout:
         Raises:
             UserError: The line names the setting.
         """
+        self._check_sizes()
         tensor = self.tensor_parallel
-        for name in ("tensor_parallel", "pipeline_parallel", "virtual_stages"):
-            if getattr(self, name) < 1:
-                raise UserError(f"megatron.{name} is {getattr(self, name)}: expected at least 1")
         if self.vision_layers < 0:
             raise UserError(f"megatron.vision_layers is {self.vision_layers}: expected 0 or more")
         if self.virtual_stages > 1 and self.pipeline_parallel == 1:
@@ -95,6 +94,11 @@ class Layout:
                     f"{size} {what}"
                 )
         self.split(shape.layers)
+
+    def _check_sizes(self) -> None:
+        for name in ("tensor_parallel", "pipeline_parallel", "virtual_stages"):
+            if getattr(self, name) < 1:
+                raise UserError(f"megatron.{name} is {getattr(self, name)}: expected at least 1")
 
     def split(self, layers: int) -> list[int]:
         """Layers of each chunk, in the order of the model.
