@@ -221,7 +221,7 @@ def test_a_server_that_stays_busy_fails_the_shard(pictures):
     begun = time.monotonic()
     reply, server = once(pictures, lambda body, n: (429, {}, {"retry-after": "9" * 9}), patience=1)
     assert isinstance(reply, ServerGone) and not isinstance(reply, RecordError | UserError)
-    assert time.monotonic() - begun < 5 and len(server.bodies) >= 2
+    assert time.monotonic() - begun < 60 and len(server.bodies) >= 2  # not the 30 years asked for
 
 
 @pytest.mark.parametrize(
