@@ -12,6 +12,8 @@ from typing import Any
 from hpc.config import load
 from hpc.errors import UserError
 from insightv.config import NONE, ChainConfig, ModelConfig, QuestionsSection
+from insightv.engines.config import EngineConfig
+from insightv.engines.server.config import read_key
 from insightv.folders import EMBEDDED, fingerprint, model_folder
 from insightv.prompting import FOLDER, load_prompts
 from insightv.questions import load_set, sources
@@ -45,6 +47,11 @@ def checked(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
     _validate(config)
     if not 0 <= config.error_limit <= 1:
         raise UserError(f"error_limit is {config.error_limit}: give a share from 0 to 1")
+    if config.engine.kind == "server" and config.engine.server.url:
+        raise UserError(
+            "engine.server.url: a server that runs has one model, and this chain trains others; "
+            "give engine.server.command, and the url as models.generator.engine.server.url"
+        )
     return config
 
 
@@ -58,7 +65,10 @@ def resolve(config: ChainConfig) -> None:
     if base.path in ("", NONE):
         raise UserError("models.base.path: give a model folder, or tiny")
     for role in ("base", "generator", "judge", "scorer"):
-        _resolve(role, getattr(config.models, role), base)
+        model = getattr(config.models, role)
+        _resolve(role, model, base)
+        if model.engine is not None:
+            _resolve_key(f"models.{role}.engine", model.engine)
     asked = config.questions
     if asked.mappings or asked.held_out_mappings:
         asked.folder = str(Path(asked.folder).expanduser().absolute())
@@ -124,6 +134,18 @@ def _validate(config: ChainConfig) -> None:
         for name, section in vars(getattr(config, owner)).items():
             if hasattr(section, "validate"):
                 section.validate(f"{owner}.{name}")
+
+
+def _resolve_key(name: str, engine: EngineConfig) -> None:
+    """Looks that the key of servers that run can be read, before anything is queued.
+
+    Raises:
+        UserError: It cannot be.
+    """
+    server = engine.server
+    if engine.kind == "server" and server.key_file:
+        read_key(server.key_file, f"{name}.server.key_file")
+        server.key_file = str(Path(server.key_file).expanduser().absolute())
 
 
 def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:
