@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+from hpc.disk import expanded
 from hpc.errors import RecordError, UserError
 from insightv import models
 from insightv.engines.base import Completion, Request
@@ -394,7 +395,7 @@ def read_key(name: str, option: str = "engine.server.key_file") -> str:
     """
     if not name:
         return ""
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         key = path.read_text().strip()
         mode = path.stat().st_mode
