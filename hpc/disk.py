@@ -28,6 +28,18 @@ def told(error: OSError, path: Path | str, failed: str = "cannot write") -> User
     return None
 
 
+def expanded(path: Path | str) -> Path:
+    """A path as people write it, with ``~`` and ``~NAME`` for home folders.
+
+    Raises:
+        UserError: Nobody here is called NAME.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder; write the path out") from None
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turns the failures of a file system that a user can mend into one line.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.config import load
+from hpc.disk import expanded
 from hpc.errors import UserError
 from insightv.config import NONE, ChainConfig, ModelConfig, QuestionsSection
 from insightv.engines.config import EngineConfig
@@ -71,7 +72,7 @@ def resolve(config: ChainConfig) -> None:
             _resolve_key(f"models.{role}.engine", model.engine)
     asked = config.questions
     if asked.mappings or asked.held_out_mappings:
-        asked.folder = str(Path(asked.folder).expanduser().absolute())
+        asked.folder = str(expanded(asked.folder).absolute())
     for mapping in (*asked.mappings, *asked.held_out_mappings):
         for name, split in mapping.splits.items():
             looked_for = name != "train" and asked.duplicates != "keep"
@@ -120,7 +121,7 @@ def _load_sets(asked: QuestionsSection, beside: Path) -> None:
         (asked.held_out, asked.held_out_mappings),
     ):
         for name in names:
-            given = Path(name).expanduser()
+            given = expanded(name)
             mappings.append(load_set(beside / given if (beside / given).is_file() else given))
         names.clear()
 
@@ -159,7 +160,7 @@ def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:
     if not model.prompts:
         model.prompts = EMBEDDED if model.path == EMBEDDED else "default"
     if model.path != EMBEDDED:
-        model.path = str(Path(model.path).expanduser().absolute())
+        model.path = str(expanded(model.path).absolute())
     load_prompts(model.prompts)
     if Path(model.prompts).is_dir() and not (FOLDER / model.prompts).is_dir():
         model.prompts = str(Path(model.prompts).absolute())

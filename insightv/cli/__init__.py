@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from hpc.disk import told
-from hpc.errors import UserError
+from hpc.errors import UserError, printable
 from insightv.cli import (
     check,
     cluster,
@@ -137,5 +137,5 @@ def _forget_output() -> None:
 
 
 def _say(message: str) -> int:
-    print("insightv:", " ".join(message.split()), file=sys.stderr)
+    print("insightv:", printable(" ".join(message.split())), file=sys.stderr)
     return 2

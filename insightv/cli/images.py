@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.errors import UserError
+from hpc.errors import UserError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -175,7 +175,7 @@ def _progress() -> Callable[[str], None]:
     import sys
 
     def say(said: str) -> None:
-        line = "".join(c for c in said if c.isprintable())
+        line = printable(said)
         if sys.stderr.isatty():
             print(f"\r\x1b[K{line[:100]}", end="", file=sys.stderr, flush=True)
         else:

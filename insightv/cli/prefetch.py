@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.errors import UserError
+from hpc.disk import expanded
+from hpc.errors import UserError, one_line
 from insightv.cli.runs import ChainArgument, Overrides
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _model(role: str, path: str, to: Path) -> Path:
     from insightv.folders import model_folder
 
     if not _is_hub(path):
-        return model_folder(path).expanduser().absolute()
+        return expanded(model_folder(path)).absolute()
     from huggingface_hub import constants, snapshot_download
 
     folder = (to / path.replace("/", "--")).absolute()
@@ -77,10 +78,9 @@ def _model(role: str, path: str, to: Path) -> Path:
     try:
         snapshot_download(path, local_dir=folder, allow_patterns=_WANTED)
     except Exception as error:  # the hub's client raises whatever its transport does
-        said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"models.{role}.path: {path} is no folder here, and the hub does not give it "
-            f"({type(error).__name__}: {said}); mend the name, or try a node with internet"
+            f"models.{role}.path: {path} is no folder here, and the hub does not give it ("
+            f"{type(error).__name__}: {one_line(error)}); mend the name, or try a node with internet"
         ) from None
     return folder
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.errors import RecordError, UserError
+from hpc.disk import expanded
+from hpc.errors import RecordError, UserError, one_line
 from hpc.stages import Row
 from insightv.folders import add_samples
 from insightv.questions.mapping import SetConfig
@@ -44,7 +45,7 @@ class Place:
 
     def of(self, mapping: SetConfig) -> Path:
         """A set's folder."""
-        return self.folder.expanduser() / Path(mapping.path).expanduser()
+        return expanded(self.folder) / expanded(mapping.path)
 
 
 def rows(mapping: SetConfig, split: str, place: Place) -> Iterator[Row | RecordError]:
@@ -69,7 +70,11 @@ def files(mapping: SetConfig, split: str, place: Place) -> list[Path]:
     """
     folder = place.of(mapping)
     patterns = mapping.splits[split].files
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    try:
+        found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    except ValueError as error:  # an empty one, or ** beside other signs
+        told = f"splits.{split}.files: {one_line(error)}"
+        raise UserError(f"{mapping.name}: {told}; write it as data/train-*.parquet") from None
     if not found and not (place.network and mapping.hub and mapping.splits[split].split):
         wanted = f"{folder}/{patterns[0]}" if patterns else f"files for {split}"
         fetch = f"`hf download --repo-type dataset {mapping.hub} --local-dir {folder}`"
@@ -83,13 +88,13 @@ def count(mapping: SetConfig, split: str, place: Place) -> int | None:
     found = files(mapping, split, place)
     if not found:
         return None
-    if mapping.format == "parquet":
-        return sum(_open_parquet(path).metadata.num_rows for path in found)
-    if mapping.format == "jsonl":
-        return sum(1 for path in found for _ in _raw_lines(path))
-    if mapping.format == "json":
-        return sum(1 for _ in _array(mapping, found))
     with _damage(found):
+        if mapping.format == "parquet":
+            return sum(_open_parquet(path).metadata.num_rows for path in found)
+        if mapping.format == "jsonl":
+            return sum(1 for path in found for _ in _raw_lines(path))
+        if mapping.format == "json":
+            return sum(1 for _ in _array(mapping, found))
         return sum(1 for path in found for _ in _members(path, read=False))
 
 
@@ -165,8 +170,7 @@ def _damage(found: list[Path]) -> Iterator[None]:
         yield
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         named = found[0] if len(found) == 1 else f"a file of {found[0].parent}"
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{named} is damaged ({said}); fetch it again") from None
+        raise UserError(f"{named} is damaged ({one_line(error)}); fetch it again") from None
 
 
 # ---- Parquet
@@ -194,8 +198,7 @@ def _open_parquet(path: Path) -> Any:
         # Read as it is asked for; a page, with pictures a row group, is in memory whole.
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
     except (pyarrow.ArrowException, OSError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({said}); fetch it again") from None
+        raise UserError(f"{path} is damaged ({one_line(error)}); fetch it again") from None
 
 
 # ---- JSON
@@ -227,7 +230,7 @@ def _parsed(text: bytes, where: str) -> Row | RecordError:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return RecordError(f"row: {where} is no JSON ({' '.join(str(error).split())[:100]})")
+        return RecordError(f"row: {where} is no JSON ({one_line(error)})")
     if not isinstance(row, dict):
         return RecordError(f"row: {where} is no JSON object")
     return row
@@ -316,19 +319,17 @@ def _of_hub(mapping: SetConfig, split: str) -> Iterator[Row | RecordError]:
             mapping.hub,
             mapping.subset or None,
             split=source,
-            revision=mapping.revision or None,
+            revision=mapping.revision,
             streaming=True,
         )
-        encoded = iter(stream.decode(False))
-        first = next(encoded, None)
-    except Exception as error:  # the library raises whatever its transport does
-        said = " ".join(str(error).split())[:200]
+        for number, row in enumerate(stream.decode(False)):
+            if not number:
+                _demand(mapping, _named(mapping, row), row, Path(mapping.hub))
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # the library raises whatever its transport does, at any row
         raise UserError(
             f"{mapping.name}: the hub does not give {mapping.hub}, split {source} "
-            f"({type(error).__name__}: {said}); mend the mapping, or fetch the files"
+            f"({type(error).__name__}: {one_line(error)}); mend the mapping, or fetch the files"
         ) from None
-    if first is None:
-        return
-    _demand(mapping, _named(mapping, first), first, Path(mapping.hub))
-    yield first
-    yield from encoded

@@ -5,10 +5,10 @@ from __future__ import annotations
 import stat
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from hpc.config import unhashed, unhashed_factory
+from hpc.disk import expanded
 from hpc.errors import UserError
 
 PRESETS = ("vllm", "sglang", "transformers")
@@ -151,7 +151,7 @@ def read_key(name: str, option: str = "engine.server.key_file") -> str:
     """
     if not name:
         return ""
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         key = path.read_text().strip()
         mode = path.stat().st_mode
