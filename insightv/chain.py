@@ -83,6 +83,31 @@ def assemble(config: ChainConfig, run: RunDir) -> Chain:
     return Chain(_Stages(config).all(), run, command, ("hpc", "insightv"), folders(config))
 
 
+def hold_layouts(chain: Chain, config: ChainConfig, ranks: int) -> None:
+    """Looks whether a cluster's trainings have ranks for whole copies of the model.
+
+    Args:
+        chain: Of ``config``.
+        config: The chain's configuration.
+        ranks: Of each training that computes on several.
+
+    Raises:
+        UserError: They have not; it would else be told when the training starts.
+    """
+    for name, stage in chain.stages.items():
+        if not stage.distributed:
+            continue
+        kind, _, model = name.partition("-")
+        training = config.rounds.dpo
+        if kind == "sft":
+            training = getattr(config.training, model.replace("-", "_"))
+        if training.backend == "megatron":
+            try:
+                training.megatron.data_parallel(ranks)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+
+
 class _Stages:
     """Puts stages together, each with what it needs, on demand and once."""
 

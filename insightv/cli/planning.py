@@ -48,14 +48,15 @@ def plan(
     from hpc.planning import plan_of
     from hpc.rundir import RunDir
     from hpc.submission import fitted
-    from insightv.chain import assemble
-    from insightv.chainfile import read
+    from insightv.chain import assemble, hold_layouts
+    from insightv.chainfile import missing, read
     from insightv.cli.rehearsal import table
     from insightv.rehearsal import forecast_of
 
-    profile, config = read_profile(cluster), read(chain, overrides or ())
+    profile, config = read_profile(cluster), read(chain, overrides or (), fetched=prepare)
     run = run_dir or Path("runs") / chain.stem
     assembled = assemble(config, RunDir(run))
+    hold_layouts(assembled, config, profile.training.nodes * profile.training.tasks)
     if prepare:
         _prepare(assembled, config, profile)
         return
@@ -73,6 +74,12 @@ def plan(
     _show(planned, profile)
     for note in _idle(assembled, planned):
         print(note)
+    for role, model in missing(config).items():
+        told = ", so no bytes of trained models are forecast" if role == "base" else ""
+        print(
+            f"note: models.{role}: {model.path} is not here yet{told}; `insightv prefetch` "
+            f"fetches {model.hub}"
+        )
     console().print(table(forecast_of(config, assembled, profile)))
     sys.stdout.flush()  # before what Slurm may refuse
     try:
