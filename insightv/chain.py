@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc.cluster import Profile
 from hpc.config import load, shaping
 from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
@@ -83,13 +84,8 @@ def assemble(config: ChainConfig, run: RunDir) -> Chain:
     return Chain(_Stages(config).all(), run, command, ("hpc", "insightv"), folders(config))
 
 
-def hold_layouts(chain: Chain, config: ChainConfig, ranks: int) -> None:
+def hold_layouts(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     """Looks whether a cluster's trainings have ranks for whole copies of the model.
-
-    Args:
-        chain: Of ``config``.
-        config: The chain's configuration.
-        ranks: Of each training that computes on several.
 
     Raises:
         UserError: They have not; it would else be told when the training starts.
@@ -98,12 +94,13 @@ def hold_layouts(chain: Chain, config: ChainConfig, ranks: int) -> None:
         if not stage.distributed:
             continue
         kind, _, model = name.partition("-")
-        training = config.rounds.dpo
+        training: TrainConfig = config.rounds.dpo
         if kind == "sft":
             training = getattr(config.training, model.replace("-", "_"))
         if training.backend == "megatron":
+            asked = profile.of_stage(stage)
             try:
-                training.megatron.data_parallel(ranks)
+                training.megatron.data_parallel(asked.nodes * asked.tasks)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
 

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import insightv
+from hpc.disk import unreadable
 from hpc.errors import UserError
 
 EMBEDDED = "tiny"
 """Names the model that is shipped with the package."""
 
-_BLOCK, _BLOCKS = 1 << 16, 64
+_BLOCK = 1 << 16
 
 
 def model_folder(path: str) -> Path:
@@ -25,24 +26,35 @@ def fingerprint(folder: Path) -> str:
     """Tells models apart without reading gigabytes: sizes and samples of their weights.
 
     Raises:
-        UserError: The folder is no model in Hugging Face format.
+        UserError: The folder is no model in Hugging Face format, or may not be read.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; give a model in Hugging Face format, or tiny")
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
-    _check_config(folder / "config.json")
-    _check_weights(folder, weights)
     summed = hashlib.sha256()
-    for path in [folder / "config.json", *weights]:
-        size = path.stat().st_size
-        summed.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(place)
-                summed.update(file.read(_BLOCK))
+    try:
+        _check_config(folder / "config.json")
+        _check_weights(folder, weights)
+        for path in [folder / "config.json", *weights]:
+            add_samples(summed, path, 64)
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error) from None
     return summed.hexdigest()[:16]
+
+
+def add_samples(summed: hashlib._Hash, path: Path, blocks: int) -> None:
+    """Adds to a digest what a file is called, its size, and ``blocks`` of 64 KiB spread over it.
+
+    A file that is shorter than they are is added whole.
+    """
+    size = path.stat().st_size
+    summed.update(f"{path.name}\0{size}\0".encode())
+    with path.open("rb") as file:
+        for place in range(0, size, max(_BLOCK, size // blocks)):
+            file.seek(place)
+            summed.update(file.read(_BLOCK))
 
 
 def _check_config(path: Path) -> None:

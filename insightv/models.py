@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from hpc.disk import share, unreadable
 from hpc.errors import UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -154,6 +155,7 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
     settings = _video_settings(source) if not hasattr(processor, "video_processor") else None
     if settings is not None and not target.exists():
         target.write_text(json.dumps(settings, indent=2))
+    share(folder)
 
 
 def _video_settings(folder: Path) -> dict[str, Any] | None:
@@ -172,7 +174,7 @@ def digest_of(folder: str | Path) -> str:
     """SHA-256 (16 hex digits) over a model folder's ``config.json`` and safetensors.
 
     Raises:
-        UserError: The folder is missing or is no model folder.
+        UserError: The folder is missing, is no model folder, or may not be read.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -192,7 +194,10 @@ def digest_of(folder: str | Path) -> str:
         for file in [config, *weights]
         for stat in [file.stat()]
     )
-    return _digest(stamps)
+    try:
+        return _digest(stamps)
+    except OSError as error:
+        raise unreadable(Path(error.filename or path), error) from None
 
 
 @lru_cache(maxsize=64)

@@ -45,7 +45,7 @@ def submit(
     profile = read_profile(cluster)
     config = read(chain, overrides or ())
     assembled = assemble(config, RunDir(run_dir or Path("runs") / chain.stem))
-    hold_layouts(assembled, config, profile.training.nodes * profile.training.tasks)
+    hold_layouts(assembled, config, profile)
     need_packages(assembled, config, profile)
     prepare = partial(save, assembled, config, remake, held=True)
     send(assembled, profile, remake, prepare, other_image)

@@ -86,7 +86,7 @@ def bundle(
 @app.command()
 def check(
     image: ImageArgument,
-    run_dir: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path("runs"),
+    run_dir: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path(),
     gpus: Annotated[int, typer.Option(help="GPUs that should be seen.")] = 0,
     cluster: Annotated[
         Path | None,

@@ -20,7 +20,7 @@ def questions(
     overrides: Overrides = None,
     folder: Annotated[Path, typer.Option(help="Where the folders of sets lie.")] = Path(),
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    most: Annotated[int, typer.Option(help="Questions to draw; 0: all.")] = 200,
+    most: Annotated[int, typer.Option(min=0, help="Questions to draw; 0: all.")] = 200,
     network: Annotated[bool, typer.Option("--network", help="Read from the hub.")] = False,
 ) -> None:
     """Read some questions of a set: how many of what kind, what is left out and why."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from hpc.errors import RecordError, UserError
 from hpc.stages import Row
+from insightv.folders import add_samples
 from insightv.questions.mapping import SetConfig
 
 MOST_BYTES = 256 * 2**20
@@ -26,7 +27,6 @@ BATCH = 16
 """Rows of Parquet held at once; a row may hold several megabytes of pictures."""
 BUFFER = 1 << 20
 """Bytes of a Parquet column read at once."""
-_BLOCK, _BLOCKS = 1 << 16, 8
 INSTALL = 'pip install "insightv-hpc[data]"'
 
 
@@ -100,12 +100,7 @@ def fingerprint(mapping: SetConfig, split: str, place: Place) -> str:
     """
     summed = hashlib.sha256(mapping.revision.encode())
     for path in files(mapping, split, place):
-        size = path.stat().st_size
-        summed.update(f"\0{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(start)
-                summed.update(file.read(_BLOCK))
+        add_samples(summed, path, 8)
     return summed.hexdigest()[:16]
 
 

@@ -119,7 +119,7 @@ def load_backend(folder: Path, config: TrainConfig, ranks: Ranks) -> Backend:
 
         return MegatronBackend(folder, config, ranks)
     if config.backend == "deepspeed":
-        from insightv.training.deepspeed_backend import DeepSpeedBackend
+        from insightv.training.deepspeed.backend import DeepSpeedBackend
 
         return DeepSpeedBackend(folder, config, ranks)
     raise UserError(f"no backend {config.backend!r}")

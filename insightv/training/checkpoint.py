@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from hpc.disk import disk_errors, sync_folder
+from hpc.disk import disk_errors, share, sync_folder
 from hpc.errors import UserError
 from insightv.training.ranks import Ranks
 
@@ -123,6 +123,7 @@ class Checkpoints:
                 file.write(json.dumps({"files": files, "position": asdict(position)}))
                 file.flush()
                 os.fsync(file.fileno())
+            share(part)
             sync_folder(part)
             part.replace(final)
             sync_folder(self.directory)

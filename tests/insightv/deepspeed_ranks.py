@@ -20,11 +20,13 @@ from training_case import Here, pair_rows, sample_rows
 
 from hpc.stages import Row
 from insightv.pictures import Pictures
-from insightv.training import deepspeed_backend, torch_backend
+from insightv.training import policy
 from insightv.training.batches import Encoder, Example, encode_all
 from insightv.training.checkpoint import Checkpoints
 from insightv.training.config import DeepSpeedConfig, DPOConfig, SFTConfig
-from insightv.training.deepspeed_backend import DeepSpeedBackend
+from insightv.training.deepspeed import backend as room
+from insightv.training.deepspeed import starting
+from insightv.training.deepspeed.backend import DeepSpeedBackend
 from insightv.training.objectives import Objective, Preference, Supervised, Totals
 from insightv.training.ranks import Ranks, joined
 from insightv.training.trainer import train_dpo, train_sft
@@ -33,7 +35,7 @@ KINDS = ("sft", "dpo")
 BUDGET = 700
 """Tokens of a micro-batch, so that a rank has several."""
 REFERENCE = "0" * 16
-_SETTINGS = deepspeed_backend._settings
+_SETTINGS = starting.settings_of
 
 
 def launch(ranks: int, folder: Path, *work: list[Any]) -> int:
@@ -123,8 +125,8 @@ def _caught(backend: Any) -> dict[str, torch.Tensor]:
 
 def sgd(ranks: Ranks, folder: Path, name: str, base: str, stage: int, rate: float) -> None:
     """20 steps of plain SGD on pairs; the model goes to ``folder / name``."""
-    adam = deepspeed_backend._adam
-    deepspeed_backend._adam = lambda config: lambda weights: torch.optim.SGD(weights, rate)
+    adam = room.adamw
+    room.adamw = lambda weights, config: torch.optim.SGD(weights, rate)
     backend = DeepSpeedBackend(folder / base, config_of("dpo", stage=stage), ranks)
     batches, totals = whole_batch(backend, examples_of(folder, "dpo", backend.processor))
     for _ in range(20):
@@ -132,7 +134,7 @@ def sgd(ranks: Ranks, folder: Path, name: str, base: str, stage: int, rate: floa
     (folder / name).mkdir(exist_ok=True)
     backend.export(folder / name)
     backend._engine.destroy()
-    deepspeed_backend._adam = adam
+    room.adamw = adam
 
 
 def train(
@@ -190,8 +192,8 @@ def _settings(config: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch_backend.LOGITS = 5000  # the head is applied in pieces
-    deepspeed_backend._settings = _settings
+    policy.LOGITS = 5000  # the head is applied in pieces
+    starting.settings_of = _settings
     with joined(config_of("sft")) as ranks:
         for text in sys.argv[2:]:
             name, *arguments = json.loads(text)
