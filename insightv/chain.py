@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc.cluster import Profile
 from hpc.config import load, shaping
 from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
@@ -81,6 +82,27 @@ def assemble(config: ChainConfig, run: RunDir) -> Chain:
     """
     command = [sys.executable, "-m", "insightv"]
     return Chain(_Stages(config).all(), run, command, ("hpc", "insightv"), folders(config))
+
+
+def hold_layouts(chain: Chain, config: ChainConfig, profile: Profile) -> None:
+    """Looks whether a cluster's trainings have ranks for whole copies of the model.
+
+    Raises:
+        UserError: They have not; it would else be told when the training starts.
+    """
+    for name, stage in chain.stages.items():
+        if not stage.distributed:
+            continue
+        kind, _, model = name.partition("-")
+        training: TrainConfig = config.rounds.dpo
+        if kind == "sft":
+            training = getattr(config.training, model.replace("-", "_"))
+        if training.backend == "megatron":
+            asked = profile.of_stage(stage)
+            try:
+                training.megatron.data_parallel(asked.nodes * asked.tasks)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
 
 
 class _Stages:
