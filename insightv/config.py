@@ -17,6 +17,7 @@ from insightv.curation import PairConfig, ReasoningSetConfig, SummarySetConfig
 from insightv.demo.sets import QuestionsConfig, Sizes
 from insightv.engines import EngineConfig
 from insightv.evaluation.answering import CallConfig
+from insightv.evaluation.benchmarks import BenchmarksConfig
 from insightv.evaluation.results import LADDER
 from insightv.evaluation.stopping import EarlyStopConfig
 from insightv.folders import EMBEDDED
@@ -354,6 +355,7 @@ class ChainConfig:
     training: TrainingSection = field(default_factory=TrainingSection)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
     error_limit: float = unhashed(0.02)
     engine: EngineConfig = field(default_factory=EngineConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
