@@ -97,10 +97,11 @@ def leaves(config: object, prefix: str = ""):
             yield f"{prefix}{entry.name}", config, entry
 
 
-# Read only where `questions.hard` names a set.
+# Read only where `questions.hard` names a set, and `benchmarks.tasks` a task.
 SILENT = {
-    f"questions.direct.{name}"
-    for name in ("temperature", "top_p", "repetition_penalty", "max_tokens")
+    *("questions.direct.temperature", "questions.direct.top_p"),
+    *("questions.direct.repetition_penalty", "questions.direct.max_tokens"),
+    *("benchmarks.limit", "benchmarks.per_shard"),
 }
 
 

@@ -60,7 +60,7 @@ def run(tmp_path) -> Path:
 def test_help_lists_the_commands_on_one_page(insightv):
     status, out, _ = insightv("--help")
     assert status == 0
-    assert out.count("\n") < 50
+    assert out.count("\n") < 55
     listed = [name for name in ("run", "status", "ask", "why", "train", "shards") if name in out]
     assert len(listed) == 6
     for hidden in ("work", "gate"):
@@ -230,7 +230,7 @@ def test_logs(insightv, run):
     folder.mkdir(parents=True)
     (folder / "a0-0.log").write_text("old\n")
     (folder / "a1-0.log").write_text("first\nlast \x1b[2Jword\n")
-    assert insightv("logs", run)[1] == "r0-generate: last  [2Jword\n"
+    assert insightv("logs", run)[1] == "r0-generate: last \ufffd[2Jword\n"
     whole = insightv("logs", run, "r0-generate")[1]
     assert "first" in whole and "old" not in whole and "\x1b" not in whole
     assert "first" not in insightv("logs", run, "r0-generate", "-n", 1)[1]
