@@ -87,7 +87,7 @@ def bundle(
 def check(
     image: ImageArgument,
     run_dir: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path(),
-    gpus: Annotated[int, typer.Option(help="GPUs that should be seen.")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that should be seen.")] = 0,
     cluster: Annotated[
         Path | None,
         typer.Option(metavar="PROFILE", help="Binds and options of its `container` entry."),

@@ -31,7 +31,7 @@ def compare(
     plots: Annotated[
         Path | None, typer.Option(help="Draw the plots (SVG) into this folder.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the resamples behind the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples behind the intervals.")] = 0,
 ) -> None:
     """Put finished runs beside each other: seeds pooled, sizes and rounds as curves."""
     from insightv.evaluation.comparison import compare as read

@@ -79,8 +79,8 @@ def _model(role: str, path: str, to: Path) -> Path:
         snapshot_download(path, local_dir=folder, allow_patterns=_WANTED)
     except Exception as error:  # the hub's client raises whatever its transport does
         raise UserError(
-            f"models.{role}.path: {path} is no folder here, and the hub does not give it ("
-            f"{type(error).__name__}: {one_line(error)}); mend the name, or try a node with internet"
+            f"models.{role}.path: {path} is no folder here, and the hub does not give it "
+            f"({type(error).__name__}: {one_line(error)}); mend it, or try a node with internet"
         ) from None
     return folder
 

@@ -115,6 +115,8 @@ def test_version(insightv):
         (["run", SMOKE, "evaluation.entries=[bass]"], "did you mean base?"),
         (["status", "/no/run"], "/no/run is no run directory"),
         (["retry", "/no/run"], "is no run directory"),
+        (["logs", "/no/run", "--lines", "0"], "greater than or equal to 1"),
+        (["compare", "/no/run", "--seed", "-1"], "greater than or equal to 0"),
         (["ask", "/no/run", "a.png", " "], "QUESTION is empty"),
         (["why", "a:b:1", "/no/run"], "is no run directory"),
         (["shards", "verify", "/no/shards"], "no shards here"),
@@ -230,7 +232,7 @@ def test_logs(insightv, run):
     folder.mkdir(parents=True)
     (folder / "a0-0.log").write_text("old\n")
     (folder / "a1-0.log").write_text("first\nlast \x1b[2Jword\n")
-    assert insightv("logs", run)[1] == "r0-generate: last  [2Jword\n"
+    assert insightv("logs", run)[1] == "r0-generate: last \ufffd[2Jword\n"
     whole = insightv("logs", run, "r0-generate")[1]
     assert "first" in whole and "old" not in whole and "\x1b" not in whole
     assert "first" not in insightv("logs", run, "r0-generate", "-n", 1)[1]
