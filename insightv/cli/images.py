@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -185,9 +186,18 @@ def _progress() -> Callable[[str], None]:
 
 
 def _kept_digest(image: Path) -> str:
-    """The digest that lies beside an image; empty where none does."""
+    """The digest that lies beside an image; empty where none does.
+
+    Raises:
+        UserError: What lies there is none.
+    """
     kept = image.with_name(f"{image.name}.sha256")
-    return kept.read_text().split()[0] if kept.is_file() else ""
+    if not kept.is_file():
+        return ""
+    found = re.match(r"[0-9a-f]{64}\b", kept.read_text(errors="replace"))
+    if found is None:
+        raise UserError(f"{kept} holds no digest; copy it again, or write it with sha256sum")
+    return found[0]
 
 
 def _findings(text: str) -> Iterator[Finding]:
