@@ -91,7 +91,7 @@ def logs(
     failed: Annotated[
         bool, typer.Option("--failed", help="Show those of stages that did not complete.")
     ] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", help="So many from the end.")] = 40,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="So many from the end.")] = 40,
 ) -> None:
     """Show what the workers said.
 

@@ -205,6 +205,7 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
         ("evaluation.entries=[multi_agents]", "did you mean multi_agent?"),
         ("evaluation.entries=[foo]", "no entry 'foo'; use base, base_reasoning"),
         ("evaluation.split=train", "validation or test"),
+        ("evaluation.resamples_seed=-1", "evaluation.resamples_seed is -1"),
         ("models.base.path=/no/such/folder", "models.base.path: no folder /no/such/folder"),
         ("models.generator.path=none", "only the judge can be none"),
         ("models.base.prompts=nonsense", "no prompt set 'nonsense'"),
