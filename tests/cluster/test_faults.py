@@ -364,8 +364,3 @@ def assert_nothing_twice(run: Run) -> None:
     for name, found in ids.items():
         if name not in arrays:
             assert len(found) == 1, (name, found)
-
-
-@pytest.fixture(autouse=True)
-def _no_job_left(cluster: Testbed) -> None:
-    """Tests begin on an idle cluster."""
