@@ -23,7 +23,7 @@ from insightv.training.batches import Example, Reply
 from insightv.training.megatron import estimate
 from insightv.training.megatron.families import shape_of
 from insightv.training.packing import Packer
-from insightv.training.torch_backend import token_logps
+from insightv.training.policy import token_logps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted((CONFIGS / "model").glob("*.yaml"))
