@@ -41,7 +41,7 @@ pytestmark = [
     ),
     pytest.mark.timeout(900),  # ranks that wait for each other are slow on a crowded machine
 ]
-BASES = ("llava-next", "llava-onevision", "qwen2.5-vl")
+BASES = ("llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl")
 OPEN = {"freeze_vision": False}
 CASES = {
     **{f"{base}-{stage}": (base, stage, {}) for base in BASES for stage in (1, 2, 3)},
