@@ -59,6 +59,7 @@ def resolve(config: ChainConfig) -> None:
         raise UserError("models.base.path: give a model folder, or tiny")
     for role in ("base", "generator", "judge", "scorer"):
         _resolve(role, getattr(config.models, role), base)
+    config.benchmarks.resolve()
     asked = config.questions
     if asked.mappings or asked.held_out_mappings:
         asked.folder = str(Path(asked.folder).expanduser().absolute())
@@ -87,7 +88,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def folders(config: ChainConfig) -> list[Path]:
-    """The folders of this machine that a resolved configuration names: models and prompts."""
+    """The folders of this machine that a resolved configuration names: models, prompts, sets."""
     models = config.models
     named = [
         name
@@ -96,6 +97,8 @@ def folders(config: ChainConfig) -> list[Path]:
     ]
     asked = config.questions
     named += [str(asked.place.of(m)) for m in (*asked.mappings, *asked.held_out_mappings)]
+    if config.benchmarks.tasks:
+        named += [config.benchmarks.folder, config.benchmarks.include]
     return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
 
 
