@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,8 +43,8 @@ def benchmark(
         "tasks": task,
         "entries": entries,
         "python": python,
-        "folder": folder and str(Path(folder).expanduser().absolute()),
-        "include": include and str(Path(include).expanduser().absolute()),
+        "folder": folder,
+        "include": include,
         "limit": limit,
         "network": network,
     }
@@ -53,6 +52,7 @@ def benchmark(
     if not asked.tasks:
         raise UserError("benchmark: name tasks of lmms-eval with --task (chartqa, mmmu_val, …)")
     asked.validate()
+    asked.resolve()
     config.benchmarks = asked
     chain = alone(config, run, RunDir(run.path / ALONE), (QUESTIONS,), "lmms-")
     with Bars() as bars:
