@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc.cluster import Profile
 from hpc.config import load, shaping
 from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
@@ -20,7 +22,7 @@ from hpc.stages import Stage
 from insightv import payloads
 from insightv.chainfile import folders
 from insightv.config import NONE, ChainConfig, ModelConfig
-from insightv.evaluation import stopping
+from insightv.evaluation import benchmark_scores, benchmarks, stopping
 from insightv.evaluation.answering import EntryConfig
 from insightv.generation import GenerationConfig
 from insightv.payloads import ROLES, MakeSet, Source
@@ -49,6 +51,9 @@ who votes in ``majority`` is a key.
 
 COMPARED = "multi_agent"
 """The entry whose reasoning the judge's card tests, and whose tokens a majority may spend."""
+
+_RESTING = ("majority", "judge_card")
+"""Modes that rest on another entry's predictions."""
 
 TOKENS = ("tokens",)
 """What stages with a model count beside rows: tokens generated (of paths that came to nothing,
@@ -83,6 +88,27 @@ def assemble(config: ChainConfig, run: RunDir) -> Chain:
     return Chain(_Stages(config).all(), run, command, ("hpc", "insightv"), folders(config))
 
 
+def hold_layouts(chain: Chain, config: ChainConfig, profile: Profile) -> None:
+    """Looks whether a cluster's trainings have ranks for whole copies of the model.
+
+    Raises:
+        UserError: They have not; it would else be told when the training starts.
+    """
+    for name, stage in chain.stages.items():
+        if not stage.distributed:
+            continue
+        kind, _, model = name.partition("-")
+        training: TrainConfig = config.rounds.dpo
+        if kind == "sft":
+            training = getattr(config.training, model.replace("-", "_"))
+        if training.backend == "megatron":
+            asked = profile.of_stage(stage)
+            try:
+                training.megatron.data_parallel(asked.nodes * asked.tasks)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+
+
 class _Stages:
     """Puts stages together, each with what it needs, on demand and once."""
 
@@ -98,15 +124,13 @@ class _Stages:
     def all(self) -> list[Stage]:
         """Every stage the ladder's entries need, and the summaries."""
         entries = self.config.evaluation.entries
-        for name in entries:
-            if name not in ENTRIES:
-                near = difflib.get_close_matches(name, ENTRIES, 1)
-                told = f"did you mean {near[0]}?" if near else f"use {', '.join(ENTRIES)}"
-                raise UserError(f"evaluation.entries: no entry {name!r}; {told}")
+        _check_entries("evaluation", entries, ENTRIES)
         self._questions("train")
         self._paths("r0", self.generator, self.config.generation, 0)
         for name in entries:
             self._entry(name)
+        if self.config.benchmarks.tasks:
+            self._benchmarks()
         self._summaries()
         return list(self.stages.values())
 
@@ -499,7 +523,7 @@ class _Stages:
         mode, reasoner, summariser = ENTRIES[name]
         reasoner = reasoner or (asked.voting_model if mode == "majority" else "")
         inputs = {"questions": self._questions(asked.split)}
-        if mode in ("majority", "judge_card"):
+        if mode in _RESTING:
             inputs["predictions"] = self._entry(COMPARED)
         entry = EntryConfig(
             name=name,
@@ -530,6 +554,52 @@ class _Stages:
             counted=TOKENS,
         )
 
+    def _benchmarks(self) -> None:
+        """What lmms-eval's tasks ask, what entries answer, and what it finds that worth."""
+        config, asked = self.config, self.config.benchmarks
+        alone = [name for name, (mode, _, _) in ENTRIES.items() if mode not in _RESTING]
+        _check_entries("benchmarks", asked.entries, alone)
+        tasks = {"tasks": list(asked.tasks), "limit": asked.limit, "include": asked.include}
+        questions = self._job(
+            benchmarks.QUESTIONS,
+            config=tasks | {"per_shard": asked.per_shard},
+            run=payloads.benchmark_questions(config),
+            outputs=(f"stages/{benchmarks.QUESTIONS}/pictures",),
+        )
+        inputs = {"questions": questions}
+        for name in dict.fromkeys(asked.entries):
+            mode, reasoner, summariser = ENTRIES[name]
+            entry = EntryConfig(
+                name=name,
+                mode=mode,
+                reasoning_model=reasoner,
+                summary_model=summariser,
+                reasoning=config.evaluation.reasoning,
+                answer=config.evaluation.answer,
+            )
+            first = self._model(reasoner) if reasoner else None
+            last = self._model(summariser) if summariser else None
+            inputs[name] = self._map(
+                f"lmms-{name}".replace("_", "-"),
+                inputs={"questions": questions},
+                after=_stages(first, last),
+                config={
+                    "seed": config.seed,
+                    "entry": shaping(entry),
+                    "by": [source.shape for source in (first, last) if source is not None],
+                    "rules": shaping(asked)["rules"],
+                    "other rules": shaping(config.judge.rules),
+                },
+                load=payloads.benchmark(config, entry, first, last),
+                counted=TOKENS,
+            )
+        self._job(
+            benchmark_scores.SCORES,
+            inputs=inputs,
+            config=tasks | {"seed": config.evaluation.resamples_seed},
+            run=payloads.benchmark_scores(config, list(inputs)[1:]),
+        )
+
     def _summaries(self) -> None:
         seed = self.config.evaluation.resamples_seed
         self._job(
@@ -542,6 +612,19 @@ class _Stages:
         self._job(
             "report", after=("results",), run=payloads.report(), outputs=("report/index.html",)
         )
+
+
+def _check_entries(section: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Looks that entries exist.
+
+    Raises:
+        UserError: One does not; the nearest is named.
+    """
+    for name in names:
+        if name not in (usable := list(known)):
+            near = difflib.get_close_matches(name, usable, 1)
+            told = f"did you mean {near[0]}?" if near else f"use {', '.join(usable)}"
+            raise UserError(f"{section}.entries: no entry {name!r}; {told}")
 
 
 def _stages(*sources: Source | None) -> tuple[str, ...]:

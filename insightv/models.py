@@ -29,7 +29,7 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 _TOWERS = ("vision_tower", "visual", "vision_model")
 _PROJECTORS = ("merger", "deepstack_merger_list")
-_PACKABLE = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+_PACKABLE = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose language model is plainly causal, and for which packing is tested."""
 _CONTEXT = 4096
 """For models whose configuration does not tell their longest input."""

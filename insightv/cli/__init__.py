@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from hpc.disk import told
 from hpc.errors import UserError, printable
 from insightv.cli import (
+    benchmarks,
     check,
     cluster,
     images,
@@ -68,6 +69,7 @@ looking.add_to(app)
 payloads.add_to(app)
 cluster.add_to(app)
 models.add_to(app)
+benchmarks.add_to(app)
 questions.add_to(app)
 serving.add_to(app)
 app.add_typer(shards.app, name="shards", rich_help_panel="Look")

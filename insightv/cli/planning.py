@@ -50,14 +50,15 @@ def plan(
     from hpc.planning import plan_of
     from hpc.rundir import RunDir
     from hpc.submission import fitted
-    from insightv.chain import assemble
-    from insightv.chainfile import read
+    from insightv.chain import assemble, hold_layouts
+    from insightv.chainfile import missing, read
     from insightv.cli.rehearsal import table
     from insightv.rehearsal import forecast_of
 
-    profile, config = read_profile(cluster), read(chain, overrides or ())
+    profile, config = read_profile(cluster), read(chain, overrides or (), fetched=prepare)
     run = run_dir or Path("runs") / chain.stem
     assembled = assemble(config, RunDir(run))
+    hold_layouts(assembled, config, profile)
     if prepare:
         _prepare(assembled, config, profile)
         return
@@ -75,8 +76,14 @@ def plan(
     console().print(_jobs(assembled, planned))
     console().print(table(forecast_of(config, assembled, profile)))
     print(_cost(planned, profile))
-    for note in _idle(assembled, planned):
+    for note in _idle(assembled, config, planned):
         print(note)
+    for role, model in missing(config).items():
+        told = ", so no bytes of trained models are forecast" if role == "base" else ""
+        print(
+            f"note: models.{role}: {model.path} is not here yet{told}; `insightv prefetch` "
+            f"fetches {model.hub}"
+        )
     sys.stdout.flush()  # before what Slurm may refuse
     try:
         print(admit(planned, profile, facts=facts) if there else _UNHELD)
@@ -85,12 +92,19 @@ def plan(
             print(f"==> {item.name} <==", item.text, sep="\n")
 
 
-def _idle(chain: Chain, planned: Sequence[Planned]) -> Iterator[str]:
-    """Names the jobs that ask for more GPUs than their one process computes on."""
+def _idle(chain: Chain, config: ChainConfig, planned: Sequence[Planned]) -> Iterator[str]:
+    """Names the jobs that ask for more GPUs than their one process computes on.
+
+    Not workers with servers, which compute on as many as they are told.
+    """
+    engines = [config.engine, *(model.engine for model in vars(config.models).values())]
+    served = any(engine is not None and engine.kind == "server" for engine in engines)
     wide: dict[int, list[str]] = {}
     for item in planned:
         stage = chain.stages.get(item.job.stage)
         if stage is None or stage.distributed or item.job.role != "work":
+            continue
+        if served and stage.kind == "map":
             continue
         if item.resources.gpus > 1:
             wide.setdefault(item.resources.gpus, []).append(stage.name)

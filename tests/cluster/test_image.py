@@ -155,9 +155,9 @@ class Whole(Run):
 
 
 @pytest.fixture(scope="module")
-def cpu_image(testbed: Testbed, base: Path) -> Path:
+def cpu_image(testbed: Testbed, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``cpu.sif`` as its admin builds it: bundled, built without internet, checked."""
-    folder = testbed.folder("cpu")
+    folder = tmp_path_factory.mktemp("cpu")
     bundle, target = folder / "bundle", folder / "cpu.sif"
     root = ["--fakeroot"] if os.geteuid() == 0 else []
     for words in (
@@ -168,8 +168,7 @@ def cpu_image(testbed: Testbed, base: Path) -> Path:
         done = making.insightv(*words, timeout=3600)
         assert done.returncode == 0, done.stdout + done.stderr
     shutil.rmtree(bundle)
-    os.chown(target, testbed.settings.uid, testbed.settings.uid)
-    return target
+    return hand_over(testbed, target, testbed.folder("cpu"))
 
 
 @pytest.mark.timeout(3 * HOUR)

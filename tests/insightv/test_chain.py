@@ -16,6 +16,8 @@ from insightv.chainfile import read
 from insightv.config import ChainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "chain"
+SERVED = "{kind: server, server: {url: ['http://127.0.0.1:1']}}"
+KEYED = "{kind: server, server: {url: ['http://gpu7:1'], key_file: /no/key}}"
 
 
 def make(tmp_path, *overrides: str, name: str = "quickstart") -> Chain:
@@ -95,10 +97,11 @@ def leaves(config: object, prefix: str = ""):
             yield f"{prefix}{entry.name}", config, entry
 
 
-# Read only where `questions.hard` names a set.
+# Read only where `questions.hard` names a set, and `benchmarks.tasks` a task.
 SILENT = {
-    f"questions.direct.{name}"
-    for name in ("temperature", "top_p", "repetition_penalty", "max_tokens")
+    *("questions.direct.temperature", "questions.direct.top_p"),
+    *("questions.direct.repetition_penalty", "questions.direct.max_tokens"),
+    *("benchmarks.limit", "benchmarks.per_shard"),
 }
 
 
@@ -231,6 +234,8 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
         ("local.workers=-1", "local.workers"),
         ("error_limit=2", "share from 0 to 1"),
         ("rounds.count=0", "rounds.count of at least 1"),
+        (f"engine={SERVED}", "engine.server.url: a server that runs has one model"),
+        (f"models.judge.engine={KEYED}", "models.judge.engine.server.key_file: /no/key cannot be"),
     ],
 )
 def test_impossible_values_are_refused_in_one_line(override, told, tmp_path):
