@@ -146,7 +146,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{path}: {line}{error.problem or error.context}; mend the YAML") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a readable YAML file: {_first_line(error)}") from None
     except OSError as error:
         # OmegaConf itself raises OSError for a file that is a lone number.

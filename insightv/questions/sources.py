@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import shlex
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -77,8 +78,10 @@ def files(mapping: SetConfig, split: str, place: Place) -> list[Path]:
         raise UserError(f"{mapping.name}: {told}; write it as data/train-*.parquet") from None
     if not found and not (place.network and mapping.hub and mapping.splits[split].split):
         wanted = f"{folder}/{patterns[0]}" if patterns else f"files for {split}"
-        fetch = f"`hf download --repo-type dataset {mapping.hub} --local-dir {folder}`"
-        advice = f"fetch it with {fetch}, or set questions.network=true" if mapping.hub else ""
+        there = shlex.quote(str(folder))
+        fetch = f"`hf download --repo-type dataset {mapping.hub} --local-dir {there}`"
+        read = "questions.network=true, or --network, reads it from the hub"
+        advice = f"fetch it with {fetch}; {read}" if mapping.hub else ""
         raise UserError(f"{mapping.name}: there is no {wanted}; {advice or 'mend path or files'}")
     return sorted(found)
 

@@ -124,6 +124,7 @@ def test_free_dictionaries_and_lists_are_replaced_but_one_entry_can_be_set(tmp_p
         ("seed: 1\nseed: 2\n", [], ["line 2", "duplicate key seed"]),
         ("- a\n", [], ["key: value"]),
         ("seed: \x00", [], ["chain.yaml"]),
+        ("null: 2", [], ["chain.yaml", "key type"]),
         ("extends: gone.yaml", [], ["gone.yaml"]),
         ("extends: chain.yaml", [], ["extends itself"]),
         ("extends: {a: b}", [], ["extends is {'a': 'b'}", "or a list"]),
