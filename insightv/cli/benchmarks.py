@@ -28,7 +28,10 @@ def benchmark(
         bool, typer.Option("--network", help="Data sets may be fetched from the hub.")
     ] = False,
 ) -> None:
-    """Let lmms-eval ask and score a run's entries; what is left out is as in its chain file."""
+    """Evaluate on public benchmarks, which lmms-eval asks and scores.
+
+    What is left out is as in the run's chain file.
+    """
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
     from hpc.progress import Bars
