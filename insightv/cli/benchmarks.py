@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hpc.disk import expanded
 from hpc.errors import UserError
 from insightv.cli.models import alone, config_of
 from insightv.cli.runs import PRELOAD, RunArgument, opened
@@ -24,7 +25,7 @@ def benchmark(
     python: Annotated[str, typer.Option(help="The interpreter lmms-eval is installed for.")] = "",
     folder: Annotated[str, typer.Option(help="Holds data sets as OWNER/NAME.")] = "",
     include: Annotated[str, typer.Option(help="A folder of further task files.")] = "",
-    limit: Annotated[int, typer.Option(help="First so many questions of each task.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="First so many questions of each task.")] = 0,
     network: Annotated[
         bool, typer.Option("--network", help="Data sets may be fetched from the hub.")
     ] = False,
@@ -44,8 +45,8 @@ def benchmark(
         "tasks": task,
         "entries": entries,
         "python": python,
-        "folder": folder and str(Path(folder).expanduser().absolute()),
-        "include": include and str(Path(include).expanduser().absolute()),
+        "folder": folder and str(expanded(folder).absolute()),
+        "include": include and str(expanded(include).absolute()),
         "limit": limit,
         "network": network,
     }
