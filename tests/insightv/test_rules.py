@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from insightv.assessment import numeric
 from insightv.assessment.rules import RuleConfig, decide, stated
 from insightv.records import Question
 
@@ -380,6 +381,13 @@ def test_tolerances_are_configurable():
     assert decide(
         question("list", "a, b", task="rank"), "b, a", RuleConfig(ordered_tasks=[])
     ).correct
+
+
+def test_a_formula_that_takes_too_long_is_left_open(monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(numeric, "LATEX_SECONDS", 1)
+    decision = decide(question("number", "1"), "10^{10^{9}}-10^{10^{9}}+1")
+    assert decision.correct is None and "TimeoutException" in decision.detail
 
 
 def test_a_latex_answer_is_decided_or_plainly_left_open():
