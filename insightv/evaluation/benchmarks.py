@@ -104,7 +104,7 @@ class BenchmarksConfig:
         for name in ("python", "folder", "include"):
             if given := getattr(self, name):
                 # A link is kept: the interpreter of an environment is one.
-                setattr(self, name, str(Path(given).expanduser().absolute()))
+                setattr(self, name, str(expanded(given).absolute()))
 
     def judged(self, task: str, rules: RuleConfig) -> RuleConfig:
         """The tolerances for a task, ``rules`` where it has none of its own."""
