@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc import shards
 from hpc.config import unhashed
-from hpc.disk import make_folder
+from hpc.disk import expanded, make_folder
 from hpc.errors import UserError
 from hpc.rundir import read_json, write_json
 from hpc.stages import Context, Counts, Row
