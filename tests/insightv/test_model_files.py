@@ -101,8 +101,6 @@ def test_it_is_planned_without_weights_and_run_with_them_only(
 ):
     monkeypatch.chdir(tmp_path)
     words = [path, *named(path)]
-    if path == ROLES:  # whose base is trained by one process
-        profile.write_text("gpu: {gpus: 4}\n")
     status, out, _ = call(capsys, monkeypatch, "plan", *words, "--cluster", profile)
     assert status == 0 and "sft-reasoning" in out and "GPU-hours in one attempt" in out
     assert "is not here yet" in out and not list(tmp_path.iterdir())
