@@ -63,6 +63,8 @@ class Resources:
         parallel: Most elements that run at once; 0: all of them.
         nodes: Nodes of a distributed job.
         tasks: Tasks a node of a distributed job, mostly as many as GPUs.
+        gpu_memory: GB of one GPU's memory, as in its name (80 for an A100-80GB); 0: not known,
+            and no stage is held against it. Slurm is not asked for it.
     """
 
     partition: str = ""
@@ -78,6 +80,7 @@ class Resources:
     parallel: int = 0
     nodes: int = 1
     tasks: int = 1
+    gpu_memory: float = 0.0
 
     def validate(self, where: str) -> None:
         """Checks the values.
@@ -87,9 +90,10 @@ class Resources:
         """
         for name in ("partition", "account", "qos", "constraint"):
             _check_word(f"{where}.{name}", getattr(self, name))
-        for name in ("cores", "minutes", "workers", "nodes", "tasks", "gpus", "parallel", "grace"):
-            least = 0 if name in ("gpus", "parallel", "grace") else 1
-            _check_number(f"{where}.{name}", getattr(self, name), least)
+        for name in ("cores", "minutes", "workers", "nodes", "tasks"):
+            _check_number(f"{where}.{name}", getattr(self, name), 1)
+        for name in ("gpus", "parallel", "grace", "gpu_memory"):
+            _check_number(f"{where}.{name}", getattr(self, name), 0)
         if self.memory and not _MEMORY.fullmatch(self.memory):
             raise UserError(f"{where}.memory is {self.memory!r}; give a size such as 16G")
         if self.grace + _EARLY >= 60 * self.minutes:

@@ -11,6 +11,7 @@ import difflib
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from insightv.generation import GenerationConfig
 from insightv.payloads import ROLES, MakeSet, Source
 from insightv.questions import making
 from insightv.training.config import TrainConfig
+from insightv.training.fitting import fit
 
 ENTRIES = {
     "base": ("direct", "base", ""),
@@ -153,7 +155,8 @@ class _Stages:
         """A training; but for the torch backend on as many ranks as the profile gives it."""
         workers = self.config.local.workers or sys.maxsize
         ranks = training.backend != "torch"
-        parts |= {"distributed": ranks, "counted": TOKENS}
+        fits = partial(fit, name, training, self.base.folder(Path()))
+        parts |= {"distributed": ranks, "counted": TOKENS, "fits": fits}
         return self._job(name, workers=workers, resources="gpu", **parts)
 
     # ---- questions, and one round of paths with their assessment

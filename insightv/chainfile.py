@@ -81,6 +81,7 @@ def resolve(config: ChainConfig, fetched: bool = True) -> None:
         _resolve(role, model, base, fetched)
         if model.engine is not None:
             _resolve_key(f"models.{role}.engine", model.engine)
+    config.benchmarks.resolve()
     asked = config.questions
     if asked.mappings or asked.held_out_mappings:
         asked.folder = str(expanded(asked.folder).absolute())
@@ -109,7 +110,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def folders(config: ChainConfig) -> list[Path]:
-    """The folders of this machine that a resolved configuration names: models and prompts."""
+    """The folders of this machine that a resolved configuration names: models, prompts, sets."""
     models = config.models
     named = [
         name
@@ -118,6 +119,8 @@ def folders(config: ChainConfig) -> list[Path]:
     ]
     asked = config.questions
     named += [str(asked.place.of(m)) for m in (*asked.mappings, *asked.held_out_mappings)]
+    if config.benchmarks.tasks:
+        named += [config.benchmarks.folder, config.benchmarks.include]
     return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
 
 

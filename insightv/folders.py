@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import insightv
 from hpc.disk import unreadable
@@ -13,6 +14,11 @@ from hpc.errors import UserError
 
 EMBEDDED = "tiny"
 """Names the model that is shipped with the package."""
+
+TOWERS = ("vision_tower", "visual", "vision_model")
+"""Names of the module that sees, in the families' code and weights."""
+PROJECTORS = ("merger", "deepstack_merger_list")
+"""Names of projectors that stand inside that module."""
 
 _BLOCK = 1 << 16
 
@@ -57,6 +63,20 @@ def add_samples(summed: hashlib._Hash, path: Path, blocks: int) -> None:
             summed.update(file.read(_BLOCK))
 
 
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a model folder that `fingerprint` takes, by its name there."""
+    heads = (_head(path)[1] for path in sorted(folder.glob("*.safetensors")))
+    return {name: tuple(entry["shape"]) for head in heads for name, entry in head.items()}
+
+
+def _head(path: Path) -> tuple[int, dict[str, Any]]:
+    """The head of a safetensors file, and how many bytes it takes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(length if length < path.stat().st_size else 0))
+    return length, {name: entry for name, entry in head.items() if name[:2] != "__"}
+
+
 def _check_config(path: Path) -> None:
     """Refuses what is no model's configuration.
 
@@ -83,11 +103,10 @@ def _check_weights(folder: Path, weights: Sequence[Path]) -> None:
     for path in weights:
         size = path.stat().st_size
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                head = json.loads(file.read(length if length < size else 0))
-            ends = [entry["data_offsets"][1] for name, entry in head.items() if name[:2] != "__"]
-            wanted = 8 + length + max(ends, default=0)
+            length, head = _head(path)
+            wanted = (
+                8 + length + max((entry["data_offsets"][1] for entry in head.values()), default=0)
+            )
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             raise UserError(f"{path} is no safetensors file, or cut off; fetch it again") from None
         if size != wanted:

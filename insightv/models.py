@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -23,12 +25,11 @@ from transformers.utils import logging
 
 from hpc.disk import share, unreadable
 from hpc.errors import UserError, one_line
+from insightv.folders import PROJECTORS, TOWERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
-_TOWERS = ("vision_tower", "visual", "vision_model")
-_PROJECTORS = ("merger", "deepstack_merger_list")
 _PACKABLE = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose language model is plainly causal, and for which packing is tested."""
 _CONTEXT = 4096
@@ -147,7 +148,9 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
     """Writes a folder that ``load`` (and transformers) reads again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, safe_serialization=True)
+    # transformers imports deepspeed where it is installed, whatever backend trained.
+    with deepspeed_told(torch.cuda.is_available()):
+        model.save_pretrained(folder, safe_serialization=True)
     processor.save_pretrained(folder)
     # The settings of a video part that was not loaded here would be lost to those who have it.
     source = Path(processor.tokenizer.name_or_path or ".")
@@ -156,6 +159,26 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
     if settings is not None and not target.exists():
         target.write_text(json.dumps(settings, indent=2))
     share(folder)
+
+
+@contextmanager
+def deepspeed_told(gpu: bool, **variables: str) -> Iterator[None]:
+    """Answers by environment variables what deepspeed asks for when it is imported or started.
+
+    What somebody has set stays; the others are gone afterwards.
+
+    Args:
+        gpu: Whether it may look for a GPU; without one it complains.
+        variables: What else it asks for.
+    """
+    wanted = variables if gpu else {"DS_ACCELERATOR": "cpu", **variables}
+    missing = wanted.keys() - os.environ.keys()
+    os.environ |= {name: wanted[name] for name in missing}
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 def _video_settings(folder: Path) -> dict[str, Any] | None:
@@ -290,7 +313,7 @@ def freeze_vision(model: Any) -> int:
     """
     frozen = 0
     for name, parameter in vision_tower(model).named_parameters():
-        if not any(part in _PROJECTORS for part in name.split(".")):
+        if not any(part in PROJECTORS for part in name.split(".")):
             parameter.requires_grad_(False)
             frozen += parameter.numel()
     return frozen
@@ -303,11 +326,11 @@ def vision_tower(model: Any) -> torch.nn.Module:
         UserError: The model has none of them.
     """
     for module in _shells(model):
-        for name in _TOWERS:
+        for name in TOWERS:
             tower = getattr(module, name, None)
             if isinstance(tower, torch.nn.Module):
                 return tower
-    raise UserError(f"{type(model).__name__} has no vision tower by a known name: {_TOWERS}")
+    raise UserError(f"{type(model).__name__} has no vision tower by a known name: {TOWERS}")
 
 
 def _shells(model: Any) -> Iterator[Any]:

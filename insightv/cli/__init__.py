@@ -139,5 +139,16 @@ def _forget_output() -> None:
 
 
 def _say(message: str) -> int:
-    print("insightv:", printable(" ".join(message.split())), file=sys.stderr)
+    if _heard():
+        print("insightv:", printable(" ".join(message.split())), file=sys.stderr)
     return 2
+
+
+def _heard() -> bool:
+    """Whether this process speaks: of those on a node that have not found each other, the first.
+
+    Ranks that have found each other have agreed on who tells what went wrong.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    joined = getattr(distributed, "is_initialized", bool)()
+    return joined or os.environ.get("LOCAL_RANK", "0") == "0"

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc.disk import expanded
 from hpc.errors import UserError
 from insightv.cli.models import alone, config_of
 from insightv.cli.runs import PRELOAD, RunArgument, opened
@@ -44,8 +43,8 @@ def benchmark(
         "tasks": task,
         "entries": entries,
         "python": python,
-        "folder": folder and str(expanded(folder).absolute()),
-        "include": include and str(expanded(include).absolute()),
+        "folder": folder,
+        "include": include,
         "limit": limit,
         "network": network,
     }
@@ -53,6 +52,7 @@ def benchmark(
     if not asked.tasks:
         raise UserError("benchmark: name tasks of lmms-eval with --task (chartqa, mmmu_val, …)")
     asked.validate()
+    asked.resolve()
     config.benchmarks = asked
     chain = alone(config, run, RunDir(run.path / ALONE), (QUESTIONS,), "lmms-")
     with Bars() as bars:

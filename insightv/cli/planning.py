@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +44,7 @@ def plan(
 ) -> None:
     """Show every job, what it waits for, what it may cost and what it will make."""
     from hpc import slurm
-    from hpc.admission import admit
+    from hpc.admission import admit, fits
     from hpc.cluster import read_profile
     from hpc.facts import Facts
     from hpc.planning import plan_of
@@ -69,6 +69,7 @@ def plan(
     there = slurm.answers()
     facts = Facts()
     profile = fitted(profile, facts) if there else profile
+    told = fits(assembled, profile)
     planned = plan_of(assembled, profile)
     if not planned:
         print(f"{assembled.run.path}: complete, nothing to do")
@@ -76,12 +77,12 @@ def plan(
     console().print(_jobs(assembled, planned))
     console().print(table(forecast_of(config, assembled, profile)))
     print(_cost(planned, profile))
-    for note in _idle(assembled, config, planned):
+    for note in (*_idle(assembled, config, planned), *_together(told)):
         print(note)
     for role, model in missing(config).items():
-        told = ", so no bytes of trained models are forecast" if role == "base" else ""
+        lost = ", so no bytes of trained models are forecast" if role == "base" else ""
         print(
-            f"note: models.{role}: {model.path} is not here yet{told}; `insightv prefetch` "
+            f"note: models.{role}: {model.path} is not here yet{lost}; `insightv prefetch` "
             f"fetches {model.hub}"
         )
     sys.stdout.flush()  # before what Slurm may refuse
@@ -109,11 +110,20 @@ def _idle(chain: Chain, config: ChainConfig, planned: Sequence[Planned]) -> Iter
         if item.resources.gpus > 1:
             wide.setdefault(item.resources.gpus, []).append(stage.name)
     for gpus, names in wide.items():
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         yield (
-            f"note: {shown}: {gpus} GPUs for each process, which computes on one; write "
+            f"note: {_first(names)}: {gpus} GPUs for each process, which computes on one; write "
             f"`stages: {{{names[0]}: {{gpus: 1}}}}` in the profile, or `gpus: 1` for all of a kind"
         )
+
+
+def _together(told: Mapping[str, str]) -> Iterator[str]:
+    """What stages tell of what they get, once where they tell the same."""
+    for said in dict.fromkeys(told.values()):
+        yield f"{_first([name for name in told if told[name] == said])}: {said}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
@@ -136,10 +146,12 @@ def _write(
     chain: Chain, profile: Profile, folder: Path, run: Path, given: Sequence[str], cluster: Path
 ) -> None:
     """Writes the scripts; they name no folder of this machine but those given here."""
+    from hpc.admission import fits
     from hpc.executors.batch import write_host
     from hpc.planning import chain_script, plan_of
     from hpc.submission import pinned
 
+    fits(chain, profile)
     profile = pinned(chain, profile, other_image=True)
     # Whoever submits by hand has the command on the path, which jobs inherit.
     chain.command = ["insightv"]

@@ -99,6 +99,13 @@ class BenchmarksConfig:
             if not name or not all(sign.isalnum() or sign in "_-." for sign in name):
                 raise UserError(f"benchmarks.tasks: {name!r} is no name of a task")
 
+    def resolve(self) -> None:
+        """Makes paths absolute: jobs start elsewhere."""
+        for name in ("python", "folder", "include"):
+            if given := getattr(self, name):
+                # A link is kept: the interpreter of an environment is one.
+                setattr(self, name, str(Path(given).expanduser().absolute()))
+
     def judged(self, task: str, rules: RuleConfig) -> RuleConfig:
         """The tolerances for a task, ``rules`` where it has none of its own."""
         fitting = [name for name in self.rules if task.startswith(name)]
@@ -251,16 +258,15 @@ def run_harness(config: BenchmarksConfig, command: str, work: Path, context: Con
     Raises:
         UserError: It failed; the line says where its log is.
     """
-    folder = Path(config.folder).expanduser().absolute() if config.folder else work
+    folder = Path(config.folder) if config.folder else work
     if not folder.is_dir():
         raise UserError(f"benchmarks.folder: {folder} is no folder")
-    include = str(Path(config.include).expanduser().absolute()) if config.include else ""
-    if include and not Path(include).is_dir():
-        raise UserError(f"benchmarks.include: {include} is no folder of task files")
-    wanted = {"tasks": config.tasks, "include": include, "limit": config.limit}
+    if config.include and not Path(config.include).is_dir():
+        raise UserError(f"benchmarks.include: {config.include} is no folder of task files")
+    wanted = {"tasks": config.tasks, "include": config.include, "limit": config.limit}
     write_json(work / "tasks.json", wanted | {"output": str(work)})
     log = make_folder(context.directory / "logs") / "lmms-eval.log"
-    words = [str(Path(config.python).expanduser()), "-I", str(_HARNESS), command, str(work)]
+    words = [config.python, "-I", str(_HARNESS), command, str(work)]
     with log.open("ab") as out:
         out.write(f"$ {' '.join(words)}\n".encode())
         out.flush()

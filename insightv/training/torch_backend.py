@@ -13,6 +13,7 @@ from torch import Tensor
 from hpc.errors import UserError
 from insightv import models
 from insightv.training.backend import Outcome
+from insightv.training.checkpoint import Write, copied
 from insightv.training.config import TrainConfig
 from insightv.training.objectives import Objective, Replies, Totals
 from insightv.training.packing import Batch, Packer
@@ -83,17 +84,15 @@ class TorchBackend:
         batch = batch.to(self.device)
         return objective.share(self._logps(batch), batch, Totals.of([batch]))[0].item()
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> Write:
         """Weights that are trained, the optimizer's moments, random states; all safetensors."""
         tensors = {f"weight.{name}": weight.detach() for name, weight in self._trained.items()}
         for name, weight in self._trained.items():
             for kind, value in self._optimizer.state.get(weight, {}).items():
                 tensors[f"{kind}.{name}"] = value
         tensors |= random_states(self.device)
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            folder / "training.safetensors",
-        )
+        copies = copied(tensors)
+        return lambda folder: save_file(copies, folder / "training.safetensors")
 
     @torch.no_grad()
     def resume(self, folder: Path) -> None:

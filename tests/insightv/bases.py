@@ -147,7 +147,11 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], int]] = {
     "Qwen/Qwen2.5-72B-Instruct": (qwen2_5_72b, 72_706_203_648),
     "Qwen/Qwen3-VL-8B-Instruct": (qwen3_vl_8b, 8_767_123_696),
 }
-"""By name on the hub: the configuration, and how many parameters the hub counts."""
+"""By name on the hub: the configuration, and its parameters.
+
+They are as many as the hub counts; of LLaVA-NeXT, LLaVA-OneVision and Qwen2.5-VL-72B, whose
+counts were not found elsewhere, as many as this architecture has.
+"""
 
 
 def processor(hub: str) -> Any:

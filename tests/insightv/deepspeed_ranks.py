@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def config_of(kind: str, backend: str = "deepspeed", stage: int = 2, **keys: Any
     """A training's configuration: fp32 on a CPU, unclipped unless asked for."""
     cut = DeepSpeedConfig(zero_stage=stage, offload=keys.pop("offload", False))
     common = {"precision": "fp32", "device": "cpu", "grad_clip": 0.0}
-    common |= {"backend": backend, "deepspeed": cut, "tokens_per_micro_batch": BUDGET}
+    common |= {"backend": backend, "tokens_per_micro_batch": BUDGET}
+    if backend == "deepspeed":
+        common["deepspeed"] = cut
     return {"sft": SFTConfig, "dpo": DPOConfig}[kind](**(common | keys))
 
 
@@ -161,25 +164,36 @@ def trained(
 
 def killed(ranks: Ranks, folder: Path, when: str, *arguments: Any) -> None:
     """A training whose second rank is killed before, during or after the second save."""
-    saves: list[Path] = []
-    write, save = DeepSpeedBackend.save, Checkpoints.save
+    saves, snapshot, begin = 0, DeepSpeedBackend.snapshot, Checkpoints.save
 
-    def written(backend: Any, to: Path) -> None:
-        saves.append(to)
-        dies = len(saves) == 2 and ranks.rank == 1
-        if dies and when == "during":
-            write(backend, to)
-            os.truncate(to / "zero-00001.safetensors", 1000)
-        if dies and when != "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(backend, to)
-
-    def saved(*arguments: Any) -> None:
-        save(*arguments)
-        if len(saves) == 2 and ranks.rank == 1:
+    def die() -> None:
+        if saves == 2 and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    DeepSpeedBackend.save, Checkpoints.save = written, saved
+    def taken(backend: Any) -> Any:
+        write = snapshot(backend)
+
+        def written(to: Path) -> None:
+            write(to)
+            if saves == 2 and ranks.rank == 1:
+                time.sleep(1.0)  # meanwhile training goes on
+                os.truncate(to / "zero-00001.safetensors", 1000)
+            die()
+
+        return written if when == "during" else write
+
+    def saved(self: Any, *arguments: Any) -> None:
+        nonlocal saves
+        self.wait()
+        saves += 1
+        if when == "before":
+            die()
+        begin(self, *arguments)
+        if when == "after":
+            self.wait()
+            die()
+
+    DeepSpeedBackend.snapshot, Checkpoints.save = taken, saved
     train(ranks, folder, *arguments)
 
 

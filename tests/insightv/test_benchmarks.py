@@ -154,6 +154,13 @@ def test_the_chain_asks_answers_and_scores(tmp_path):
         assert changed == ({"questions-lmms", "lmms-scores"} if "limit" in key else answered)
 
 
+def test_paths_are_those_of_where_the_command_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").symlink_to(sys.executable)
+    config = read(QUICKSTART, ["benchmarks.tasks=[a]", "benchmarks.python=python"])
+    assert config.benchmarks.python == str(tmp_path / "python") and not config.benchmarks.folder
+
+
 @pytest.mark.parametrize(
     ("key", "wrong"),
     [

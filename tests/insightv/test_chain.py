@@ -108,7 +108,8 @@ SILENT = {
 def test_every_hashed_number_changes_a_stage_and_no_other_does(tmp_path):
     """No key that does nothing; none that remakes what it does not shape."""
     # Early stop asks the validation split, beside the test split of the evaluation.
-    config = read(CONFIGS / "ablation.yaml", ["rounds.early_stop.enabled=true"])
+    asked = ["benchmarks.tasks=[chartqa]", "benchmarks.python=python3"]
+    config = read(CONFIGS / "ablation.yaml", ["rounds.early_stop.enabled=true", *asked])
     run = RunDir(tmp_path)
     before = identities(assemble(config, run))
     wrong = []

@@ -41,7 +41,7 @@ pytestmark = [
     ),
     pytest.mark.timeout(900),  # ranks that wait for each other are slow on a crowded machine
 ]
-BASES = ("llava-next", "llava-onevision", "qwen2.5-vl")
+BASES = ("llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl")
 OPEN = {"freeze_vision": False}
 CASES = {
     **{f"{base}-{stage}": (base, stage, {}) for base in BASES for stage in (1, 2, 3)},
@@ -365,7 +365,7 @@ def test_what_is_missing_is_told(monkeypatch):
 def test_the_environment_is_left_as_it_was(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "mine")
-    with pytest.raises(KeyError), starting.surroundings("cpu"):
+    with pytest.raises(KeyError), models.deepspeed_told(gpu=False, LOCAL_RANK="0"):
         assert (os.environ["LOCAL_RANK"], os.environ["DS_ACCELERATOR"]) == ("0", "mine")
         raise KeyError
     assert "LOCAL_RANK" not in os.environ

@@ -23,7 +23,7 @@ from insightv.training.batches import Example, Reply
 from insightv.training.megatron import estimate
 from insightv.training.megatron.families import shape_of
 from insightv.training.packing import Packer
-from insightv.training.torch_backend import token_logps
+from insightv.training.policy import token_logps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted((CONFIGS / "model").glob("*.yaml"))
@@ -171,7 +171,7 @@ def test_a_name_on_the_hub_needs_a_folder():
 
 
 @pytest.mark.parametrize("hub", ARCHITECTURES)
-def test_the_architecture_is_the_hubs_to_the_last_parameter(hub):
+def test_the_architecture_has_the_parameters_of_the_base(hub):
     assert sum(weight.numel() for weight in outline(hub).parameters()) == ARCHITECTURES[hub][1]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, distributed, nn
 from hpc.errors import UserError
 from insightv import models
 from insightv.training.backend import Outcome, whole_batch
+from insightv.training.checkpoint import Write, copied
 from insightv.training.config import TrainConfig
 from insightv.training.deepspeed import starting
 from insightv.training.deepspeed.checkpoint import Part, Saved, write
@@ -78,7 +79,9 @@ class DeepSpeedBackend:
         self._outline = models.outline(folder)  # a model that is cut does not know its shapes
         if config.freeze_vision:
             models.freeze_vision(self._outline)
-        with starting.surroundings(config.device):
+        gpu = models.pick_device(config.device) != "cpu"
+        # A LOCAL_RANK that stayed would make other libraries look for a rendezvous.
+        with models.deepspeed_told(gpu, LOCAL_RANK="0"):
             self._start(config)
 
     def _start(self, config: TrainConfig) -> None:
@@ -151,15 +154,16 @@ class DeepSpeedBackend:
         told = self._ranks.every(lambda: [len(batch.targets) for batch in batches])
         return [max(counts) for counts in zip(*told, strict=True)]
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> Write:
         """Every rank writes its parts: fp32 weights, moments, its random state."""
         tensors, places = random_states(self._device), {}
         for name, weight, part in self._parts():
             places[name] = [part.start, part.count, _size(weight)]
             for kind, flat in self._states(part.flat).items():
                 tensors[f"{kind}.{name}"] = flat[part.at : part.at + part.count]
-        path = folder / f"zero-{self.copy:05d}.safetensors"
-        write(path, self.copies, self._steps(), places, tensors)
+        copies, steps = copied(tensors), self._steps()
+        name = f"zero-{self.copy:05d}.safetensors"
+        return lambda folder: write(folder / name, self.copies, steps, places, copies)
 
     @torch.no_grad()
     def resume(self, folder: Path) -> None:

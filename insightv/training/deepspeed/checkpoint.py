@@ -47,14 +47,10 @@ def write(
         places: For each tensor this rank holds a part of: where the part begins, how many
             numbers it has, and how many the whole tensor has.
         tensors: ``KIND.NAME`` of each part and kind (``weight``, ``exp_avg``, ...), flat; and
-            what else is to be kept, under names that begin with ``random.``.
+            what else is to be kept, under names that begin with ``random.``; on the CPU.
     """
     described = {"ranks": ranks, "steps": steps, "places": places}
-    save_file(
-        {name: tensor.detach().cpu() for name, tensor in tensors.items()},
-        path,
-        metadata={"zero": json.dumps(described)},
-    )
+    save_file(tensors, path, metadata={"zero": json.dumps(described)})
 
 
 class Saved:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,26 +19,8 @@ BUCKET = 10**8
 """Numbers that are exchanged at once: 0.4 GB."""
 
 
-@contextmanager
-def surroundings(device: str) -> Iterator[None]:
-    """The environment variables DeepSpeed asks for, where nobody has set them.
-
-    They are gone afterwards: a ``LOCAL_RANK`` alone makes other libraries look for a rendezvous.
-    """
-    wanted = {"LOCAL_RANK": "0"}
-    if models.pick_device(device) == "cpu":
-        wanted["DS_ACCELERATOR"] = "cpu"
-    missing = wanted.keys() - os.environ.keys()
-    os.environ |= {name: wanted[name] for name in missing}
-    try:
-        yield
-    finally:
-        for name in missing:
-            del os.environ[name]
-
-
 def imported() -> Any:
-    """The deepspeed package, within its `surroundings`.
+    """The deepspeed package; called within `insightv.models.deepspeed_told`.
 
     Raises:
         UserError: It is not installed.
