@@ -309,6 +309,8 @@ class EvaluationSection:
             getattr(self, name).validate(f"evaluation.{name}")
         if self.split not in SPLITS:
             raise UserError(f"evaluation.split is {self.split!r}: use {' or '.join(SPLITS)}")
+        if not self.entries:
+            raise UserError("evaluation.entries is empty: name one, such as base")
         if self.resamples_seed < 0:  # numpy takes none, and would say so at the end of the run
             raise UserError(f"evaluation.resamples_seed is {self.resamples_seed}: give 0 or more")
 

@@ -146,6 +146,7 @@ def _write(
 ) -> None:
     """Writes the scripts; they name no folder of this machine but those given here."""
     from hpc.admission import fits
+    from hpc.disk import make_folder
     from hpc.executors.batch import write_host
     from hpc.planning import chain_script, plan_of
     from hpc.submission import pinned
@@ -159,7 +160,7 @@ def _write(
         print(f"{chain.run.path}: complete, nothing to write")
         return
     plan = f"insightv plan {shlex.join(given)} --cluster {shlex.quote(str(cluster))}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     host = write_host(folder)
     for other in folder.glob("host-*"):
         if other != host:  # an earlier version's

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from hpc import shards
 from hpc.config import unhashed
 from hpc.disk import expanded, make_folder
-from hpc.errors import UserError
+from hpc.errors import UserError, printable
 from hpc.rundir import read_json, write_json
 from hpc.stages import Context, Counts, Row
 from insightv.assessment.decision import RuleConfig, normal
@@ -326,4 +326,4 @@ def _last_line(log: Path) -> str:
     """What it said last, printable and short."""
     tail = log.read_bytes()[-8192:].decode("utf-8", "replace").strip().splitlines()
     said = tail[-1].strip() if tail else "it said nothing"
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in said)[:300]
+    return printable(said)[:300]
