@@ -49,6 +49,8 @@ def fit(stage: str, training: TrainConfig, base: Path, asked: Resources) -> str:
             "GPUs: ranks cannot share one; set both to the same"
         )
     said = _laid(stage, training, ranks, asked, given)
+    if not (base / "config.json").is_file():
+        return f"{said}; {base} is not here: memory is not estimated"
     try:
         from insightv.training.memory import base_of
 

@@ -138,7 +138,7 @@ class Whole(Run):
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or [""]
             if "python" in Path(line[0]).name and str(self.path) in line:
-                inside = Path(f"/proc/{process.pid}/root/{LOCK}").exists()
+                inside = Path("/proc", str(process.pid), "root", LOCK).exists()
                 if process.is_running():
                     self.seen.add((line[line.index(str(self.path)) - 1], inside))
 
