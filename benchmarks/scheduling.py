@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import claims  # noqa: E402
 from noop import Shape, prepare  # noqa: E402
+from origin import origin  # noqa: E402
 from scheduling_table import write  # noqa: E402
 
 from hpc.cluster import Profile, Resources  # noqa: E402
 from hpc.config import dump  # noqa: E402
 from hpc.leases import Leases, Owner  # noqa: E402
-from hpc.provenance import describe  # noqa: E402
 from hpc.rundir import CANCELLED, STOPPED, read_json, write_json  # noqa: E402
 from hpc.shards import shard_path, sidecar_path  # noqa: E402
 from tests.cluster.testbed import USER, Settings, Testbed  # noqa: E402
@@ -336,24 +336,6 @@ def on_cluster(words: argparse.Namespace, save: Callable[[dict[str, Any]], None]
             save(result)
     finally:
         cluster.reset()
-
-
-def origin() -> dict[str, Any]:
-    """The code and the machine."""
-    found = describe()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "time": found["time"],
-        "code": found["code"]["hpc"],
-        "python": found["python"],
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": model[1] if model else "",
-            "memory_gb": memory,
-            "kernel": os.uname().release,
-        },
-    }
 
 
 def main() -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from origin import told
+
 _ROWS = {
     "submission_seconds": "submission, s",
     "jobs_submitted": "jobs submitted",
@@ -47,7 +49,7 @@ def _cluster(found: dict[str, Any]) -> Iterator[str]:
     yield f"## {shape['shards']:,} shards that do nothing, {shape['workers']} workers"
     yield ""
     yield (
-        f"{_origin(found)} Slurm {found['slurm']}, {shape['nodes']} nodes on one machine, "
+        f"{told(found)} Slurm {found['slurm']}, {shape['nodes']} nodes on one machine, "
         f"load {found['load_before']} before and {found['load_after']} after; "
         f"datatrove {found['datatrove']}. One column a round; both systems take turns."
     )
@@ -84,7 +86,7 @@ def _claims(found: dict[str, Any]) -> Iterator[str]:
     shape = found["shape"]
     yield f"## {shape['shards']:,} shards, {shape['workers']} worker processes, no Slurm"
     yield ""
-    yield f"{_origin(found)} {found['file_system']}, load {found['load_before']} before."
+    yield f"{told(found)} {found['file_system']}, load {found['load_before']} before."
     yield ""
     yield "| | |"
     yield "|---|---:|"
@@ -102,13 +104,3 @@ def _claims(found: dict[str, Any]) -> Iterator[str]:
     rows |= {f"— {name}": count for name, count in found["operations_by_name"].items()}
     for text, value in rows.items():
         yield f"| {text} | {value} |"
-
-
-def _origin(found: dict[str, Any]) -> str:
-    machine, code = found["machine"], found["code"]
-    changed = " with changes" if code.get("changed") else ""
-    return (
-        f"Commit {code.get('commit', '?')[:7]}{changed}, {found['time'][:10]}, "
-        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gb']} GB, "
-        f"Linux {machine['kernel']}, Python {found['python']}."
-    )

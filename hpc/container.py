@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+from hpc.disk import expanded
 from hpc.errors import UserError
 
 _CONTAINED = Path(__file__).parent / "executors" / "host" / "contained.sh"
@@ -159,7 +160,7 @@ def pin(container: Container, known: Container | None = None) -> Container:
     """
     if not container.image:
         return container
-    path = Path(container.image).expanduser().absolute()
+    path = expanded(container.image).absolute()
     if known is not None and known.stamp and path == Path(known.image) and path.exists():
         same = stamp(path) == known.stamp
     else:

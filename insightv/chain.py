@@ -11,9 +11,11 @@ import difflib
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hpc.cluster import Profile
 from hpc.config import load, shaping
 from hpc.errors import UserError
 from hpc.rundir import Chain, RunDir
@@ -27,6 +29,7 @@ from insightv.generation import GenerationConfig
 from insightv.payloads import ROLES, MakeSet, Source
 from insightv.questions import making
 from insightv.training.config import TrainConfig
+from insightv.training.fitting import fit
 
 ENTRIES = {
     "base": ("direct", "base", ""),
@@ -87,6 +90,27 @@ def assemble(config: ChainConfig, run: RunDir) -> Chain:
     return Chain(_Stages(config).all(), run, command, ("hpc", "insightv"), folders(config))
 
 
+def hold_layouts(chain: Chain, config: ChainConfig, profile: Profile) -> None:
+    """Looks whether a cluster's trainings have ranks for whole copies of the model.
+
+    Raises:
+        UserError: They have not; it would else be told when the training starts.
+    """
+    for name, stage in chain.stages.items():
+        if not stage.distributed:
+            continue
+        kind, _, model = name.partition("-")
+        training: TrainConfig = config.rounds.dpo
+        if kind == "sft":
+            training = getattr(config.training, model.replace("-", "_"))
+        if training.backend == "megatron":
+            asked = profile.of_stage(stage)
+            try:
+                training.megatron.data_parallel(asked.nodes * asked.tasks)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+
+
 class _Stages:
     """Puts stages together, each with what it needs, on demand and once."""
 
@@ -131,7 +155,8 @@ class _Stages:
         """A training; but for the torch backend on as many ranks as the profile gives it."""
         workers = self.config.local.workers or sys.maxsize
         ranks = training.backend != "torch"
-        parts |= {"distributed": ranks, "counted": TOKENS}
+        fits = partial(fit, name, training, self.base.folder(Path()))
+        parts |= {"distributed": ranks, "counted": TOKENS, "fits": fits}
         return self._job(name, workers=workers, resources="gpu", **parts)
 
     # ---- questions, and one round of paths with their assessment

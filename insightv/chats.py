@@ -36,11 +36,19 @@ class EncodedPicture:
 
 @dataclass(frozen=True)
 class Encoding:
-    """One chat: token ids, per-token marks, and its pictures' tensors, unpadded."""
+    """One chat, unpadded.
+
+    Attributes:
+        ids: Its tokens.
+        marks: Per-token values, by name.
+        pictures: Its pictures' tensors.
+        opening: Tokens up to the end of the last picture.
+    """
 
     ids: list[int]
     marks: dict[str, list[int]]
     pictures: tuple[EncodedPicture, ...]
+    opening: int = 0
 
 
 def render(processor: Any, messages: Sequence[Message], pictures: int) -> str:
@@ -170,6 +178,7 @@ def encode(
         raise RecordError(f"the chat template shows {found} of {len(encoded)} pictures")
     names = dict.fromkeys(name for picture in encoded for name in picture.marks)
     ids: list[int] = []
+    opening = 0
     marks: dict[str, list[int]] = {name: [] for name in names}
     rest = iter(encoded)
     for token in unexpanded:
@@ -178,11 +187,12 @@ def encode(
             ids += picture.ids
             for name, values in marks.items():
                 values += picture.marks[name]
+            opening = len(ids)
         else:
             ids.append(token)
             for values in marks.values():
                 values.append(0)
-    return Encoding(ids, marks, encoded)
+    return Encoding(ids, marks, encoded, opening)
 
 
 def collate(

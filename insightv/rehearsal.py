@@ -163,7 +163,8 @@ def _from_quickstart(config: ChainConfig, chain: Chain, profile: Profile) -> For
     known = json.loads((files("insightv") / "measured.json").read_text(encoding="utf-8"))
     measured = {name: Measured(**item) for name, item in known["stages"].items()}
     alike = {name: measured[_alike(name, measured)] for name in chain.stages}
-    base = size(model_folder(config.models.base.path))
+    folder = model_folder(config.models.base.path)
+    base = size(folder) if folder.exists() else 0  # `plan` says that it is not here
     return extrapolate(
         chain,
         profile,

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from hpc.disk import told
-from hpc.errors import UserError
+from hpc.errors import UserError, printable
 from insightv.cli import (
     benchmarks,
     check,
@@ -139,5 +139,16 @@ def _forget_output() -> None:
 
 
 def _say(message: str) -> int:
-    print("insightv:", " ".join(message.split()), file=sys.stderr)
+    if _heard():
+        print("insightv:", printable(" ".join(message.split())), file=sys.stderr)
     return 2
+
+
+def _heard() -> bool:
+    """Whether this process speaks: of those on a node that have not found each other, the first.
+
+    Ranks that have found each other have agreed on who tells what went wrong.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    joined = getattr(distributed, "is_initialized", bool)()
+    return joined or os.environ.get("LOCAL_RANK", "0") == "0"

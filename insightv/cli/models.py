@@ -33,7 +33,7 @@ def compare(
     plots: Annotated[
         Path | None, typer.Option(help="Draw the plots (SVG) into this folder.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the resamples behind the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples behind the intervals.")] = 0,
 ) -> None:
     """Put finished runs beside each other: seeds pooled, sizes and rounds as curves."""
     from insightv.evaluation.comparison import compare as read
@@ -118,9 +118,11 @@ def agents_of(run: RunDir) -> tuple[Path, Path]:
     Raises:
         UserError: The run has not trained them yet.
     """
-    rounds = sorted(run.models.glob("reasoning-r*"), key=lambda path: int(path.name[11:] or 0))
-    rounds = [run.models / "reasoning", *rounds, run.models / "reasoning-chosen"]
-    found = [path for path in rounds if path.is_dir()]
+    # A model that is being written, or was when its training ended, is reasoning-r1.part.
+    numbers = [path.name[11:] for path in run.models.glob("reasoning-r*")]
+    rounds = [f"r{number}" for number in sorted(map(int, filter(str.isdecimal, numbers)))]
+    names = ["reasoning", *(f"reasoning-{name}" for name in (*rounds, "chosen"))]
+    found = [run.models / name for name in names if (run.models / name).is_dir()]
     summary = run.models / "summary"
     if not found or not summary.is_dir():
         raise UserError(f"{run.path}: the agents are not trained yet; see `insightv status`")

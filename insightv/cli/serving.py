@@ -99,7 +99,7 @@ def _key(path: Path) -> str:
     Raises:
         UserError: It cannot be read, or others can.
     """
-    from insightv.engines.server.engine import read_key
+    from insightv.engines.server.config import read_key
 
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

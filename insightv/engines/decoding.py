@@ -1,8 +1,8 @@
 """Decoding a batch in which every row has its own sampling, seed, stop strings and limit.
 
 One loop over the model's ``forward`` instead of ``generate``, for two reasons. The paths of a
-question start from one prompt, which is read once and whose keys and values are then shared
-out; and rows that are done leave the batch, where ``generate`` carries them to the end.
+question start alike: what they have in common is read once, and its keys and values are then
+shared out; and rows that are done leave the batch, where ``generate`` carries them to the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from insightv.chats import Encoding
 from insightv.engines.base import Request
+from insightv.engines.prefill import Positions, read_prompts
 
 _TOP = 32
 """Tokens sorted at first; a nucleus rarely reaches further."""
@@ -26,7 +28,7 @@ _KEEP = 0.75
 @torch.inference_mode()
 def decode_rows(
     model: Any,
-    inputs: dict[str, torch.Tensor],
+    prompts: Sequence[Encoding],
     owners: Sequence[int],
     requests: Sequence[Request],
     limits: Sequence[int],
@@ -37,7 +39,7 @@ def decode_rows(
 
     Args:
         model: Any picture-and-text decoder of transformers.
-        inputs: The different prompts, padded on the left, on the model's device.
+        prompts: The different prompts.
         owners: For each row, which of the prompts it goes on from.
         requests: The rows' requests.
         limits: The rows' token limits.
@@ -47,20 +49,18 @@ def decode_rows(
     Returns:
         Each row's new tokens, the ending one included.
     """
-    mask = inputs["attention_mask"]
-    padded = not bool(mask.all())
     options: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
-    positions = _Positions(model)
-    output = model(**inputs, **options, **positions.of_prompts(mask), use_cache=True)
-    logits, cache = output.logits[:, -1], output.past_key_values
-    positions.start(mask)
+    positions = Positions(model)
+    read = read_prompts(model, prompts, tokenizer.pad_token_id, positions, options)
+    ids, mask, logits, cache = read.ids, read.mask, read.logits, read.cache
+    padded = not bool(mask.all())
     rows = torch.tensor(owners, device=mask.device)
     if list(owners) != list(range(len(mask))):
-        logits, mask = logits[rows], mask[rows]
+        logits, mask, ids = logits[rows], mask[rows], ids[rows]
         positions.select(rows)
         cache.batch_select_indices(rows)
     _give_room(cache)
-    sampler = RowSampler(requests, limits, inputs["input_ids"][rows], mask)
+    sampler = RowSampler(requests, limits, ids, mask)
     stopper = RowStopper(requests, limits, tokenizer, ends, mask.device)
     while True:
         token = sampler(logits.float())
@@ -75,11 +75,12 @@ def decode_rows(
             stopper.select(kept)
             positions.select(kept)
             cache.batch_select_indices(kept)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        new = mask.new_ones(len(mask), 1)
+        mask = torch.cat([mask, new], dim=1)
         logits = model(
             input_ids=token[:, None],
             attention_mask=mask if padded else None,
-            position_ids=positions.following(),
+            position_ids=positions.following(new),
             past_key_values=cache,
             use_cache=True,
             **options,
@@ -127,45 +128,6 @@ def _give_room(cache: Any) -> None:
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
             cache.layers[place] = _RoomyLayer(layer.keys, layer.values)
-
-
-class _Positions:
-    """Where the rows' next tokens stand, in one dimension or (M-RoPE) in three.
-
-    A model with M-RoPE places pictures in a plane; it computes the positions of a prompt
-    itself and leaves in ``rope_deltas`` how far each row's next text is off its place in
-    the line. It leaves nothing for prompts without pictures, which it counts with padding.
-    """
-
-    def __init__(self, model: Any):
-        shells = [model, getattr(model, "model", None)]
-        self._owner = next((shell for shell in shells if hasattr(shell, "rope_deltas")), None)
-        if self._owner is not None:
-            self._owner.rope_deltas = None  # of an earlier batch
-
-    def of_prompts(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The positions of the prompts, where the model does not find them itself."""
-        if self._owner is not None:
-            return {}
-        return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-    def start(self, mask: torch.Tensor) -> None:
-        """Takes up after the prompts have been read."""
-        self._next = mask.sum(-1, keepdim=True)
-        if self._owner is not None:
-            deltas = self._owner.rope_deltas
-            whole = torch.full_like(self._next, mask.shape[1])
-            self._next = whole if deltas is None else self._next + deltas
-            self._owner.rope_deltas = None
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows only."""
-        self._next = self._next[rows]
-
-    def following(self) -> torch.Tensor:
-        """Positions of the next token, shape (rows, 1), or (3, rows, 1) with M-RoPE."""
-        positions, self._next = self._next, self._next + 1
-        return positions if self._owner is None else positions.expand(3, -1, -1)
 
 
 class RowSampler:

@@ -201,15 +201,11 @@ class TransformersEngine:
         keys = [(tuple(job.encoding.ids), job.request.pictures) for job in batch]
         for key, job in zip(keys, batch, strict=True):
             prompts.setdefault(key, job.encoding)
-        inputs = chats.collate(list(prompts.values()), self._tokenizer.pad_token_id)
-        for name, tensor in inputs.items():
-            dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
-            inputs[name] = tensor.to(model.device, dtype)
         places = {key: place for place, key in enumerate(prompts)}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self._autocast):
             tokens = decode_rows(
                 model,
-                inputs,
+                list(prompts.values()),
                 [places[key] for key in keys],
                 [job.request for job in batch],
                 [job.limit for job in batch],

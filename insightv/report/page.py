@@ -70,7 +70,7 @@ def write_report(run: Path) -> Path:
 def current_results(run: Path) -> Results:
     """``results.json`` where it was made from the stages as they are; else collected afresh."""
     written = read_json(RunDir(run).results)
-    if isinstance(written, dict) and written.get("made_from") == made_from(run):
+    if written and written.get("made_from") == made_from(run):
         return written
     return collect(run)
 

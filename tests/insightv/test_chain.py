@@ -16,6 +16,8 @@ from insightv.chainfile import read
 from insightv.config import ChainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "chain"
+SERVED = "{kind: server, server: {url: ['http://127.0.0.1:1']}}"
+KEYED = "{kind: server, server: {url: ['http://gpu7:1'], key_file: /no/key}}"
 
 
 def make(tmp_path, *overrides: str, name: str = "quickstart") -> Chain:
@@ -95,10 +97,11 @@ def leaves(config: object, prefix: str = ""):
             yield f"{prefix}{entry.name}", config, entry
 
 
-# Read only where `questions.hard` names a set.
+# Read only where `questions.hard` names a set, and `benchmarks.tasks` a task.
 SILENT = {
-    f"questions.direct.{name}"
-    for name in ("temperature", "top_p", "repetition_penalty", "max_tokens")
+    *("questions.direct.temperature", "questions.direct.top_p"),
+    *("questions.direct.repetition_penalty", "questions.direct.max_tokens"),
+    *("benchmarks.limit", "benchmarks.per_shard"),
 }
 
 
@@ -203,6 +206,7 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
         ("evaluation.entries=[multi_agents]", "did you mean multi_agent?"),
         ("evaluation.entries=[foo]", "no entry 'foo'; use base, base_reasoning"),
         ("evaluation.split=train", "validation or test"),
+        ("evaluation.resamples_seed=-1", "evaluation.resamples_seed is -1"),
         ("models.base.path=/no/such/folder", "models.base.path: no folder /no/such/folder"),
         ("models.generator.path=none", "only the judge can be none"),
         ("models.base.prompts=nonsense", "no prompt set 'nonsense'"),
@@ -213,6 +217,13 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
         ("training.direct.epochs=0", "training.direct.epochs is 0"),
         ("training.reasoning.learning_rate=inf", "training.reasoning.learning_rate is inf"),
         ("judge.temperature=nan", "judge.temperature is nan"),
+        ("judge.temperature=-1", "judge.temperature is -1"),
+        ("judge.max_tokens=0", "judge.max_tokens is 0"),
+        ("judge.tries=0", "judge.tries is 0"),
+        ("judge.rules.decimal_tolerance=1", "judge.rules.decimal_tolerance is 1"),
+        ("score.top_p=1.5", "score.top_p is 1.5"),
+        ("models.base.path=~nobody-is-called-so/m", "no such home folder"),
+        ("questions.sets=[~nobody-is-called-so/s.yaml]", "no such home folder"),
         ("rounds.dpo.beta=0", "rounds.dpo.beta is 0"),
         ("rounds.dpo.terms.sft=-1", "rounds.dpo.terms.sft is -1"),
         ("rounds.pairs.min_gap=0", "rounds.pairs.min_gap is 0"),
@@ -224,6 +235,8 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
         ("local.workers=-1", "local.workers"),
         ("error_limit=2", "share from 0 to 1"),
         ("rounds.count=0", "rounds.count of at least 1"),
+        (f"engine={SERVED}", "engine.server.url: a server that runs has one model"),
+        (f"models.judge.engine={KEYED}", "models.judge.engine.server.key_file: /no/key cannot be"),
     ],
 )
 def test_impossible_values_are_refused_in_one_line(override, told, tmp_path):

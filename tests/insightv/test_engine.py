@@ -194,9 +194,9 @@ def test_batches_fill_and_respect_rows_and_tokens(make, pictures, monkeypatch):
     sizes = []
     real = engines.decode_rows
 
-    def watched(model, inputs, owners, *rest):
-        sizes.append((len(owners), len(inputs["input_ids"])))
-        return real(model, inputs, owners, *rest)
+    def watched(model, prompts, owners, *rest):
+        sizes.append((len(owners), len(prompts)))
+        return real(model, prompts, owners, *rest)
 
     monkeypatch.setattr(engines, "decode_rows", watched)
     engine = make(batch_size=4)
@@ -215,11 +215,11 @@ def test_batches_fill_and_respect_rows_and_tokens(make, pictures, monkeypatch):
 def test_without_memory_batches_are_halved(make, pictures, monkeypatch):
     real, sizes = engines.decode_rows, []
 
-    def short(model, inputs, owners, *rest):
+    def short(model, prompts, owners, *rest):
         sizes.append(len(owners))
-        if len(owners) > 2 or "word " * 9 in engine._tokenizer.decode(inputs["input_ids"][0]):
+        if len(owners) > 2 or "word " * 9 in engine._tokenizer.decode(prompts[0].ids):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, inputs, owners, *rest)
+        return real(model, prompts, owners, *rest)
 
     engine = make()
     rows = [request(pictures, seed=n, temperature=1.0) for n in range(7)]

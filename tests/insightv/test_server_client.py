@@ -406,6 +406,7 @@ def test_other_replicas_take_over(pictures):
         ({"url": ["http://127.0.0.1:1"] * 2}, "twice"),
         ({"command": ["vllm"], "replicas": 0}, "replicas is 0"),
         ({"command": ["vllm"], "timeout": 0.0}, "timeout is 0.0"),
+        ({"command": ["vllm"], "key_file": "key"}, "key_file: only of servers at url"),
         ({"url": ["http://127.0.0.1:1"], "options": ["--x"]}, "only presets"),
     ],
 )

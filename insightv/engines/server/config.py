@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from hpc.config import unhashed, unhashed_factory
+from hpc.disk import expanded
 from hpc.errors import UserError
 
 PRESETS = ("vllm", "sglang", "transformers")
@@ -91,6 +93,10 @@ class ServerConfig:
             raise UserError(
                 f"{name}: give url (servers that run) or command ({presets} or words), one of both"
             )
+        if self.command and self.key_file:
+            raise UserError(
+                f"{name}.key_file: only of servers at url; others get a key by themselves"
+            )
         if self.dialect and self.dialect not in DIALECTS:
             raise UserError(f"{name}.dialect is {self.dialect!r}: use {', '.join(DIALECTS)}")
         if self.command and not self.speaks:
@@ -135,3 +141,24 @@ def _loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def read_key(name: str, option: str = "engine.server.key_file") -> str:
+    """The key in a file that nobody else may read; none without a file.
+
+    Raises:
+        UserError: It cannot be read, or others can; the line begins with ``option``.
+    """
+    if not name:
+        return ""
+    path = expanded(name)
+    try:
+        key = path.read_text().strip()
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: {path} cannot be read: {error}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError(f"{option}: others can read {path}; chmod 600 it")
+    if not key or not key.isascii() or not key.isprintable():
+        raise UserError(f"{option}: {path} holds no key; write it on one line")
+    return key

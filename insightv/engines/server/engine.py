@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import random
-import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from insightv.engines.base import Completion, Request
 from insightv.engines.config import EngineConfig
 from insightv.engines.server.chats import Chats
 from insightv.engines.server.client import Client, Garbled, Late, Reply, Unreachable, excerpt
+from insightv.engines.server.config import read_key
 from insightv.engines.server.dialects import DIALECTS_TOLD, payload, read
 from insightv.engines.server.process import OwnServer, ServerGone, answers
 from insightv.engines.server.programs import split_gpus
@@ -384,24 +384,3 @@ def _rank(name: str, subject: str) -> bytes:
 
 def _root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
-
-
-def read_key(name: str, option: str = "engine.server.key_file") -> str:
-    """The key in a file that nobody else may read; none without a file.
-
-    Raises:
-        UserError: It cannot be read, or others can; the line begins with ``option``.
-    """
-    if not name:
-        return ""
-    path = Path(name).expanduser()
-    try:
-        key = path.read_text().strip()
-        mode = path.stat().st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option}: {path} cannot be read: {error}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UserError(f"{option}: others can read {path}; chmod 600 it")
-    if not key or not key.isascii() or not key.isprintable():
-        raise UserError(f"{option}: {path} holds no key; write it on one line")
-    return key
