@@ -23,7 +23,7 @@ def benchmark(
     python: Annotated[str, typer.Option(help="The interpreter lmms-eval is installed for.")] = "",
     folder: Annotated[str, typer.Option(help="Holds data sets as OWNER/NAME.")] = "",
     include: Annotated[str, typer.Option(help="A folder of further task files.")] = "",
-    limit: Annotated[int, typer.Option(help="First so many questions of each task.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="First so many questions of each task.")] = 0,
     network: Annotated[
         bool, typer.Option("--network", help="Data sets may be fetched from the hub.")
     ] = False,

@@ -99,8 +99,8 @@ def leaves(config: object, prefix: str = ""):
 
 # Read only where `questions.hard` names a set.
 SILENT = {
-    *("questions.direct.temperature", "questions.direct.top_p"),
-    *("questions.direct.repetition_penalty", "questions.direct.max_tokens"),
+    f"questions.direct.{name}"
+    for name in ("temperature", "top_p", "repetition_penalty", "max_tokens")
 }
 
 
