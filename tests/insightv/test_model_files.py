@@ -22,6 +22,7 @@ from insightv.chainfile import checked, missing, read
 from insightv.training.batches import Example, Reply
 from insightv.training.megatron import estimate
 from insightv.training.megatron.families import shape_of
+from insightv.training.megatron.layout import Layout
 from insightv.training.packing import Packer
 from insightv.training.policy import token_logps
 
@@ -206,6 +207,10 @@ def test_layouts_divide_the_model_and_fit_80_GB(path):
             shape_of(architecture.config)
     else:
         layout, shape = training.megatron, shape_of(architecture.config)
+        if training.backend != "megatron":  # the other way that the file tells of
+            layout = Layout(tensor_parallel=2, sequence_parallel=True)
+            told = "backend: megatron", "megatron: {tensor_parallel: 2, sequence_parallel: true}"
+            assert all(f"#   {line}\n" in path.read_text() for line in told)
         layout.validate(shape)
         load = estimate.Load(training.tokens_per_micro_batch, 4096, 16)
         stages = range(layout.pipeline_parallel)
