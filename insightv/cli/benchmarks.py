@@ -23,12 +23,15 @@ def benchmark(
     python: Annotated[str, typer.Option(help="The interpreter lmms-eval is installed for.")] = "",
     folder: Annotated[str, typer.Option(help="Holds data sets as OWNER/NAME.")] = "",
     include: Annotated[str, typer.Option(help="A folder of further task files.")] = "",
-    limit: Annotated[int, typer.Option(help="First so many questions of each task.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="First so many questions of each task.")] = 0,
     network: Annotated[
         bool, typer.Option("--network", help="Data sets may be fetched from the hub.")
     ] = False,
 ) -> None:
-    """Let lmms-eval ask and score a run's entries; what is left out is as in its chain file."""
+    """Evaluate on public benchmarks, which lmms-eval asks and scores.
+
+    What is left out is as in the run's chain file.
+    """
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
     from hpc.progress import Bars

@@ -39,13 +39,12 @@ def submit(
     """Queue a whole chain on a cluster; the same command adds what is missing."""
     from hpc.cluster import read_profile
     from hpc.rundir import RunDir
-    from insightv.chain import assemble, hold_layouts
+    from insightv.chain import assemble
     from insightv.chainfile import read
 
     profile = read_profile(cluster)
     config = read(chain, overrides or ())
     assembled = assemble(config, RunDir(run_dir or Path("runs") / chain.stem))
-    hold_layouts(assembled, config, profile)
     need_packages(assembled, config, profile)
     prepare = partial(save, assembled, config, remake, held=True)
     send(assembled, profile, remake, prepare, other_image)

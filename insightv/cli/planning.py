@@ -50,7 +50,7 @@ def plan(
     from hpc.planning import plan_of
     from hpc.rundir import RunDir
     from hpc.submission import fitted
-    from insightv.chain import assemble, hold_layouts
+    from insightv.chain import assemble
     from insightv.chainfile import missing, read
     from insightv.cli.rehearsal import table
     from insightv.rehearsal import forecast_of
@@ -58,7 +58,6 @@ def plan(
     profile, config = read_profile(cluster), read(chain, overrides or (), fetched=prepare)
     run = run_dir or Path("runs") / chain.stem
     assembled = assemble(config, RunDir(run))
-    hold_layouts(assembled, config, profile)
     if prepare:
         _prepare(assembled, config, profile)
         return

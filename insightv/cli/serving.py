@@ -24,9 +24,10 @@ def serve(
         Path | None, typer.Option(help="The key to ask for; by default RUN/serve.key, made here.")
     ] = None,
 ) -> None:
-    """Serve the agents over the OpenAI protocol, a model name for each way of answering.
+    """Serve the agents over the OpenAI protocol.
 
-    The reasoning of multi-agent is streamed step by step, then the answer.
+    A model name for each way of answering. The reasoning of multi-agent is streamed step by
+    step, then the answer.
     """
     try:
         import uvicorn

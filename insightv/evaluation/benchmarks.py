@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc import shards
 from hpc.config import unhashed
-from hpc.disk import make_folder
+from hpc.disk import expanded, make_folder
 from hpc.errors import UserError
 from hpc.rundir import read_json, write_json
 from hpc.stages import Context, Counts, Row
@@ -104,7 +104,7 @@ class BenchmarksConfig:
         for name in ("python", "folder", "include"):
             if given := getattr(self, name):
                 # A link is kept: the interpreter of an environment is one.
-                setattr(self, name, str(Path(given).expanduser().absolute()))
+                setattr(self, name, str(expanded(given).absolute()))
 
     def judged(self, task: str, rules: RuleConfig) -> RuleConfig:
         """The tolerances for a task, ``rules`` where it has none of its own."""

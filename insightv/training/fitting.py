@@ -29,8 +29,8 @@ def fit(stage: str, training: TrainConfig, base: Path, asked: Resources) -> str:
         asked: What the profile gives it.
 
     Returns:
-        Its layout and the memory of a rank, for a plan; empty for one process of torch whose
-        GPU is not known.
+        Its layout and the memory of a rank, for a plan; empty for one process of torch that
+        was to be one and whose GPU is not known.
 
     Raises:
         UserError: It cannot be divided among so many processes, or does not fit into the memory
@@ -38,19 +38,16 @@ def fit(stage: str, training: TrainConfig, base: Path, asked: Resources) -> str:
     """
     ranks = asked.nodes * asked.tasks
     given = f"{asked.nodes} nodes x {asked.tasks} tasks"
-    if training.backend == "torch" and ranks > 1:
-        raise UserError(
-            f"stage {stage}: backend=torch trains in one process, and the profile gives it "
-            f"{given}: set its backend to deepspeed or megatron, or give it nodes and tasks of 1 "
-            "(under `stages` in the profile)"
-        )
-    if asked.gpus and asked.tasks > asked.gpus:
+    if training.backend == "torch":
+        unused = f"; {given} of the profile are not used" if ranks > 1 else ""
+        if not asked.gpu_memory:
+            return f"one process of backend=torch{unused}" if unused else ""
+        ranks, given = 1, f"one process{unused}"
+    elif asked.gpus and asked.tasks > asked.gpus:
         raise UserError(
             f"stage {stage}: the profile gives it {asked.tasks} tasks a node and {asked.gpus} "
             "GPUs: ranks cannot share one; set both to the same"
         )
-    if training.backend == "torch" and not asked.gpu_memory:
-        return ""
     said = _laid(stage, training, ranks, asked, given)
     try:
         from insightv.training.memory import base_of
@@ -66,7 +63,7 @@ def fit(stage: str, training: TrainConfig, base: Path, asked: Resources) -> str:
 def _laid(stage: str, training: TrainConfig, ranks: int, asked: Resources, given: str) -> str:
     """How the ranks are used, in words."""
     if training.backend == "torch":
-        return "one process"
+        return given
     said, copies = f"ZeRO-{training.deepspeed.zero_stage} over {ranks} ranks", ranks
     if training.backend == "megatron":
         layout = training.megatron

@@ -9,10 +9,10 @@ loads them by. Where it runs in the folder that holds them, `datasets` finds the
 import json
 
 from datasets import Image, Value
+from set_files import parquet, stored
 
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.pictures import Pictures, PictureWriter
-from tests.insightv.set_files import parquet, stored
 
 TEXT = Value("string")
 CHARTQA = {"type": TEXT, "question": TEXT, "answer": TEXT, "image": Image()}

@@ -97,11 +97,10 @@ def leaves(config: object, prefix: str = ""):
             yield f"{prefix}{entry.name}", config, entry
 
 
-# Read only where `questions.hard` names a set, and `benchmarks.tasks` a task.
+# Read only where `questions.hard` names a set.
 SILENT = {
-    *("questions.direct.temperature", "questions.direct.top_p"),
-    *("questions.direct.repetition_penalty", "questions.direct.max_tokens"),
-    *("benchmarks.limit", "benchmarks.per_shard"),
+    f"questions.direct.{name}"
+    for name in ("temperature", "top_p", "repetition_penalty", "max_tokens")
 }
 
 

@@ -428,6 +428,7 @@ def test_a_plan_begins_with_its_table(insightv, no_cluster, tmp_path):
     assert lines[-1] == "no Slurm answers here: the chain was not held against a cluster"
     notes = [line for line in lines if line.startswith("note: ")]
     assert len(notes) == 1 and "sft-" in notes[0] and "4 GPUs for each process" in notes[0]
+    assert "2 nodes x 1 tasks of the profile are not used" in out
     whole = insightv(*words, "--scripts")[1]
     assert whole.startswith(out) and "#SBATCH" in whole
 

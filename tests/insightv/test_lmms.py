@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import lmms_sets
 import pytest
 
 from hpc import shards
@@ -21,7 +22,6 @@ from hpc.rundir import RunDir, write_json
 from insightv.chainfile import read
 from insightv.evaluation.benchmark_scores import ALONE, read_scores
 from insightv.folders import model_folder
-from tests.insightv import lmms_sets
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3000)]
 
@@ -53,6 +53,7 @@ def place(tmp_path_factory):
     lmms_sets.write(folder / "sets", chartqa=24, mmmu=16, two_pictures=2)
     run = RunDir(folder / "run")
     config = read(ROOT / "configs/chain/quickstart.yaml", ["local.slots=1"])
+    run.create()
     run.chain_file.write_text(dump(config))
     for name in ("reasoning", "summary"):
         shutil.copytree(model_folder("tiny"), run.models / name)

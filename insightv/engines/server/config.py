@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from hpc.config import unhashed, unhashed_factory
+from hpc.container import Container
 from hpc.disk import expanded
 from hpc.errors import UserError
 
@@ -115,6 +116,9 @@ class ServerConfig:
                 raise UserError(f"{name}.{field} is {getattr(self, field)}: give seconds above 0")
         if self.options and not self.preset:
             raise UserError(f"{name}.options: only presets take them; write them into command")
+        if self.binds and not self.image:
+            raise UserError(f"{name}.binds: only an image sees them; give image, or no binds")
+        Container(self.image, binds=self.binds).validate(name)
         if self.image and self.python and not self.python.startswith("/"):
             raise UserError(f"{name}.python: give the interpreter's path in the image, or nothing")
 

@@ -73,7 +73,6 @@ def words(config: EngineConfig, place: Place) -> list[str]:
     command = make(config, place) + server.options if make else _custom(config, place, key_file)
     if server.image:
         image = Container(str(expanded(server.image).absolute()), binds=server.binds)
-        image.validate()
         if shutil.which(image.runtime) is None:
             raise UserError(
                 f"engine.server.image: there is no {image.runtime} here; a worker that is in an "
