@@ -40,7 +40,7 @@ from transformers import (  # noqa: E402
 )
 
 from insightv import chats, models  # noqa: E402
-from insightv.training import torch_backend  # noqa: E402
+from insightv.training import policy, torch_backend  # noqa: E402
 from insightv.training.attention import attention_mask  # noqa: E402
 from insightv.training.batches import Example, Reply  # noqa: E402
 from insightv.training.config import DPOConfig, SFTConfig  # noqa: E402
@@ -329,28 +329,26 @@ class Flex:
     """FlexAttention in place of the backend's own choice, while it lasts."""
 
     def __init__(self, backend: TorchBackend):
-        self.backend, self.real = backend, torch_backend.LogProbs.__call__
+        self.backend, self.real = backend, policy.LogProbs.__call__
 
     def __enter__(self) -> None:
         self.backend.packer.multiple = 128  # tokens of a block
-        torch_backend.LogProbs.__call__ = self.call  # type: ignore[assignment]
+        policy.LogProbs.__call__ = self.call  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
         self.backend.packer.multiple = 1
-        torch_backend.LogProbs.__call__ = self.real  # type: ignore[method-assign]
+        policy.LogProbs.__call__ = self.real  # type: ignore[method-assign]
         self.backend._logps._set = ("", "")  # so that what was set before is set again
 
     def call(self, batch: Batch, most: int = 0) -> torch.Tensor:
         model = self.backend.model
         model.set_attn_implementation({"": "sdpa", "vision_config": "sdpa", "text_config": FLEX})
         inputs = {**batch.inputs, "use_cache": False, "block": attention_mask(batch, "flex")}
-        pieces = -(
-            -len(batch.targets) * model.config.get_text_config().vocab_size // torch_backend.LOGITS
-        )
+        pieces = -(-len(batch.targets) * model.config.get_text_config().vocab_size // policy.LOGITS)
         half = torch.autocast(batch.segments.device.type, torch.bfloat16)
         with half:
             hidden = model.model(**inputs).last_hidden_state.flatten(0, 1)[batch.places]
-            cut = torch_backend._in_pieces(model.lm_head, hidden, batch.targets, max(1, pieces))
+            cut = policy._in_pieces(model.lm_head, hidden, batch.targets, max(1, pieces))
             return torch.cat(list(cut))
 
 

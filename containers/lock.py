@@ -2,6 +2,7 @@
 
 ``python containers/lock.py NAME`` needs uv and an index of packages; nothing is installed. Only
 files that fit the image's Python on linux x86-64 keep their digests, so that pip takes no other.
+``lmms`` is no image but an environment that an interpreter of one's own is given.
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
 HERE = Path(__file__).parent
-PYTHON = {"cpu": (3, 11), "train": (3, 12), "serve": (3, 12)}
+PYTHON = {"cpu": (3, 11), "train": (3, 12), "serve": (3, 12), "lmms": (3, 11)}
+_WITHOUT = {"lmms": "torchvision"}
+"""What is left out though it is asked for: no task that generates imports it, and beside a torch
+for the CPU it fails to load, and transformers with it."""
 _GLIBC = range(5, 36)  # what the images' systems can load: up to that of Debian 12
 
 
 def resolve(name: str) -> dict[str, Any]:
     """What uv finds for the requirements of an image, together."""
-    package = [HERE.parent / "pyproject.toml"]
+    # lmms-eval has an environment of its own, without this package.
+    package = [] if name == "lmms" else [HERE.parent / "pyproject.toml"]
     words: list[str | Path] = ["uv", "--config-file", HERE / "sources.toml", "pip", "compile"]
     words += [HERE / f"{name}.in", *package, "--no-header", "--format", "pylock.toml"]
     words += ["--python-version", ".".join(map(str, PYTHON[name]))]
     words += ["--python-platform", "x86_64-manylinux_2_28", "--no-annotate"]
+    if name in _WITHOUT:
+        words += ["--no-emit-package", _WITHOUT[name]]
     if name == "cpu":
         words += ["--extra", "demo", "-c", HERE.parent / "constraints.txt"]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """Whether a cluster would take a whole chain, asked before any of it is queued.
 
 Three things are looked at: the partitions' and accounts' limits on each kind of job (`hpc.site`),
-the number of jobs that may stand in the queue, and what ``sbatch --test-only`` says.
+the number of jobs that may stand in the queue, and what ``sbatch --test-only`` says. Before that,
+without asking Slurm, stages may refuse what the profile gives them (`fits`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hpc import site, slurm
+from hpc import gates, site, slurm
 from hpc.cluster import Profile, Resources
 from hpc.errors import UserError
 from hpc.facts import Facts
 from hpc.planning import Planned
+from hpc.rundir import Chain
 from hpc.slurm import SlurmError
 
 _JOB_COUNT = "10000"  # Slurm's own default of MaxJobCount
+
+
+def fits(chain: Chain, profile: Profile) -> dict[str, str]:
+    """Lets the stages that are yet to be made look at what they would get.
+
+    Returns:
+        What they tell of it, by stage.
+
+    Raises:
+        UserError: One of them cannot be made with that.
+    """
+    standing = gates.standing(chain)
+    told = {
+        name: stage.fits(profile.of_stage(stage))
+        for name, stage in chain.stages.items()
+        if stage.fits is not None and not standing[name]
+    }
+    return {name: said for name, said in told.items() if said}
 
 
 def admit(

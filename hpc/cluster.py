@@ -21,6 +21,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MEMORY = re.compile(r"[1-9]\d*[KMGT]?")
 _SECRET = re.compile(r"(?i)(api_?key|token|secret|passw|credential)")
 
+_MOST = 10_000_000
+"""No number of a profile is larger; as minutes, nineteen years."""
 _EARLY = 60
 """Seconds by which Slurm may send the signal too early."""
 
@@ -61,6 +63,8 @@ class Resources:
         parallel: Most elements that run at once; 0: all of them.
         nodes: Nodes of a distributed job.
         tasks: Tasks a node of a distributed job, mostly as many as GPUs.
+        gpu_memory: GB of one GPU's memory, as in its name (80 for an A100-80GB); 0: not known,
+            and no stage is held against it. Slurm is not asked for it.
     """
 
     partition: str = ""
@@ -76,6 +80,7 @@ class Resources:
     parallel: int = 0
     nodes: int = 1
     tasks: int = 1
+    gpu_memory: float = 0.0
 
     def validate(self, where: str) -> None:
         """Checks the values.
@@ -86,11 +91,9 @@ class Resources:
         for name in ("partition", "account", "qos", "constraint"):
             _check_word(f"{where}.{name}", getattr(self, name))
         for name in ("cores", "minutes", "workers", "nodes", "tasks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{where}.{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("gpus", "parallel", "grace"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{where}.{name} is {getattr(self, name)}; give 0 or more")
+            _check_number(f"{where}.{name}", getattr(self, name), 1)
+        for name in ("gpus", "parallel", "grace", "gpu_memory"):
+            _check_number(f"{where}.{name}", getattr(self, name), 0)
         if self.memory and not _MEMORY.fullmatch(self.memory):
             raise UserError(f"{where}.memory is {self.memory!r}; give a size such as 16G")
         if self.grace + _EARLY >= 60 * self.minutes:
@@ -216,19 +219,17 @@ class Profile:
             getattr(self, name).validate(name)
         for name, resources in self.stages.items():
             resources.validate(f"stages.{name}")
-        if self.gate.retries < 0 or self.requeues < 0:
-            raise UserError("gate.retries and requeues: give 0 or more")
-        if (
-            self.submit.per_second <= 0
-            or self.submit.patience < 0
-            or self.lease_ttl <= 0
-            or self.linger < 0
-            or self.stall <= 0
+        for name, number, least in (
+            ("gate.retries", self.gate.retries, 0),
+            ("requeues", self.requeues, 0),
+            ("submit.per_second", self.submit.per_second, 0.01),
+            ("submit.patience", self.submit.patience, 0),
+            ("lease_ttl", self.lease_ttl, 0.1),
+            ("linger", self.linger, 0),
+            ("stall", self.stall, 0.1),
+            ("budget.gpu_hours", self.budget.gpu_hours, 0),
         ):
-            raise UserError(
-                "submit.per_second, submit.patience, lease_ttl, linger and stall: "
-                "give positive numbers"
-            )
+            _check_number(name, number, least)
         self.container.validate()
         if self.program and (
             self.container.image or Path(self.program[0]).name in ("apptainer", "singularity")
@@ -276,6 +277,11 @@ def read_profile(path: Path, overrides: Sequence[str] = ()) -> Profile:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return profile
+
+
+def _check_number(where: str, number: float, least: float) -> None:
+    if not least <= number <= _MOST:  # nor is it `.nan`
+        raise UserError(f"{where} is {number}; give {least:g} to {_MOST:,}")
 
 
 def _check_word(where: str, word: str) -> None:

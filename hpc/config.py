@@ -51,6 +51,8 @@ def load(
     Args:
         cls: The dataclass to fill.
         source: A YAML file; its ``extends: other.yaml`` (relative to the file) is merged below it.
+            Of several, ``[one.yaml, other.yaml]``, the later one prevails; a file that more than
+            one of them extends is merged once, where it comes first.
         overrides: Dotted assignments, ``training.epochs=3``; the value is read as YAML.
         base: Values below those of the file.
 
@@ -121,12 +123,17 @@ def _files(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[str, Any
     if path.resolve() in above:
         raise UserError(f"{path}: extends itself through {above[-1]}; break the circle")
     values = _read_yaml(path)
-    parent = values.pop("extends", None)
-    if parent is None:
-        return [(str(path), values)]
-    if not isinstance(parent, str):
-        raise UserError(f"{path}: extends is {parent!r}, expected the path of a YAML file")
-    return [*_files(path.parent / parent, (*above, path.resolve())), (str(path), values)]
+    parents = values.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UserError(
+            f"{path}: extends is {parents!r}, expected the path of a YAML file, or a list"
+        )
+    layers: dict[Path, tuple[str, dict[str, Any]]] = {}
+    for parent in parents:
+        for name, layer in _files(path.parent / parent, (*above, path.resolve())):
+            layers.setdefault(Path(name).resolve(), (name, layer))
+    return [*layers.values(), (str(path), values)]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -139,7 +146,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{path}: {line}{error.problem or error.context}; mend the YAML") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a readable YAML file: {_first_line(error)}") from None
     except OSError as error:
         # OmegaConf itself raises OSError for a file that is a lone number.

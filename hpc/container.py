@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+from hpc.disk import expanded
 from hpc.errors import UserError
 
 _CONTAINED = Path(__file__).parent / "executors" / "host" / "contained.sh"
@@ -81,31 +82,31 @@ class Container:
     options: list[str] = field(default_factory=list)
     stamp: str = ""
 
-    def validate(self) -> None:
-        """Checks the values.
+    def validate(self, where: str = "container") -> None:
+        """Checks the values; ``where`` is the section's name, for the message.
 
         Raises:
             UserError: One of them is not possible.
         """
         if self.image and not self.image.endswith(".sif"):
             raise UserError(
-                f"container.image is {self.image!r}; give a file that ends in .sif "
+                f"{where}.image is {self.image!r}; give a file that ends in .sif "
                 "(insightv image build makes one)"
             )
         if self.sha256 and not _SHA256.fullmatch(self.sha256):
-            raise UserError("container.sha256: give 64 digits as sha256sum prints them")
+            raise UserError(f"{where}.sha256: give 64 digits as sha256sum prints them")
         if not self.runtime:
-            raise UserError("container.runtime: give a command")
+            raise UserError(f"{where}.runtime: give a command")
         for bind in self.binds:
             parts = bind.split(":")
             if len(parts) > 3 or "," in bind or not all(p.startswith("/") for p in parts[:2]):
                 raise UserError(
-                    f"container.binds: {bind!r}; give absolute folders as SOURCE[:INSIDE[:ro]], "
+                    f"{where}.binds: {bind!r}; give absolute folders as SOURCE[:INSIDE[:ro]], "
                     "without commas"
                 )
         for name in self.passed:
             if not _PATTERN.fullmatch(name):
-                raise UserError(f"container.passed: {name!r} is no variable's name or beginning")
+                raise UserError(f"{where}.passed: {name!r} is no variable's name or beginning")
 
     def inside(self, command: Sequence[str]) -> list[str]:
         """The payload's command inside, for a chain whose own is ``command``."""
@@ -159,7 +160,7 @@ def pin(container: Container, known: Container | None = None) -> Container:
     """
     if not container.image:
         return container
-    path = Path(container.image).expanduser().absolute()
+    path = expanded(container.image).absolute()
     if known is not None and known.stamp and path == Path(known.image) and path.exists():
         same = stamp(path) == known.stamp
     else:

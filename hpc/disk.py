@@ -17,12 +17,27 @@ _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 def told(error: OSError, path: Path | str, failed: str = "cannot write") -> UserError | None:
     """What to say of a file system's failure that a user can mend; None for any other."""
+    named = Path(error.filename if isinstance(error.filename, str) else path)
+    if error.errno in _CLOSED and named.is_file() and not os.access(named, os.R_OK):
+        return unreadable(named, error)
     what = f"{path}: {failed} ({os.strerror(error.errno or 0)})"
     if error.errno in _FULL:
         return UserError(f"{what}; free some space and run again, what is finished is kept")
     if error.errno in _CLOSED:
         return UserError(f"{what}; check the folder's permissions or choose another run directory")
     return None
+
+
+def expanded(path: Path | str) -> Path:
+    """A path as people write it, with ``~`` and ``~NAME`` for home folders.
+
+    Raises:
+        UserError: Nobody here is called NAME.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder; write the path out") from None
 
 
 @contextmanager
@@ -45,6 +60,17 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"{path}: cannot be read ({error.strerror}); check its permissions, and its disk"
     )
+
+
+def share(folder: Path) -> None:
+    """Opens the files in a folder to whom the folder is open.
+
+    safetensors writes through temporary files, which only their owner may read.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(mode)
 
 
 def make_folder(path: Path) -> Path:

@@ -289,15 +289,15 @@ def _expected(
     shards = source_shards if stage.kind == "map" else 0
     if stage.kind == "job" and taken.shards:
         shards = math.ceil(round(taken.inputs * ratio, 6) / per_shard)
-    processes = max(min(asked.workers, stage.workers, shards), 1) if stage.kind == "map" else 1
-    nodes = asked.nodes if stage.distributed else 1
+    workers = max(min(asked.workers, stage.workers, shards), 1) if stage.kind == "map" else 1
+    nodes, tasks = (asked.nodes, asked.tasks) if stage.distributed else (1, 1)
     fixed = taken.outputs * models
     grown = _around(taken.data * ratio, taken.spread)
     beside = _around(taken.beside * ratio, taken.spread)
     expected = Expected(
         stage=stage.name,
-        processes=processes,
-        gpus=processes * nodes * asked.gpus,
+        processes=workers * nodes * tasks,
+        gpus=workers * nodes * asked.gpus,
         shards=shards,
         rows=round(taken.rows * ratio),
         files=2 * shards + max(taken.files - 2 * taken.shards, 0),
@@ -309,8 +309,8 @@ def _expected(
     rest = max(taken.seconds - taken.ready * taken.starts, 0.0)
     doubt = math.hypot(taken.spread, 1 / max(rest, 1.0))
     work, ready = _around(rest * ratio, doubt), taken.ready
-    hours = Range(*((x + ready * processes) * nodes * asked.gpus / 3600 for x in _three(work)))
-    wall = Range(*(taken.gap + ready + x / processes for x in _three(work)))
+    hours = Range(*((x + ready * workers) * nodes * asked.gpus / 3600 for x in _three(work)))
+    wall = Range(*(taken.gap + ready + x / workers for x in _three(work)))
     return Expected(**{**vars(expected), "gpu_hours": hours, "wall": wall})
 
 

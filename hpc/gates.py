@@ -51,17 +51,28 @@ def fresh(chain: Chain, name: str) -> bool:
         UserError: Its manifest is none.
     """
     manifest = manifest_of(chain.run, name)
-    if manifest is None or manifest["hash"] != chain.identity(name):
-        return False
+    return manifest is not None and not outdated(chain, name, manifest)
+
+
+def outdated(chain: Chain, name: str, manifest: Mapping[str, Any]) -> str:
+    """Why a finished stage has to be made again; empty where it does not."""
+    stage = chain.stages[name]
+    if manifest["hash"] != chain.identity(name):
+        changed = differences(manifest["config"], shaping(stage.config))
+        return f"configuration changed ({changed[0] if changed else 'its inputs'})"
     if skipped := manifest.get("skipped"):
         by = skipped["by"]
-        found = decision(chain, by) if by in chain.stages[name].unless else None
-        return found is not None and found["made"] == skipped["made"]
-    return (
-        manifest["parents"] == chain.made(name)
-        and not _absent(chain, name, range(manifest["shards"]))
-        and not _absent_outputs(chain, chain.stages[name])
-    )
+        found = decision(chain, by) if by in stage.unless else None
+        stands = found is not None and found["made"] == skipped["made"]
+        return "" if stands else f"{by} decides anew"
+    made = chain.made(name)
+    if changed := [parent for parent in made if made[parent] != manifest["parents"].get(parent)]:
+        return f"{changed[0]} {'was made again' if made[changed[0]] else 'is missing'}"
+    if absent := _absent(chain, name, range(manifest["shards"])):
+        return f"{shard_path(chain.run.shards(name), absent[0]).name} is missing"
+    if lost := _absent_outputs(chain, stage):
+        return f"{lost[0]} is missing"
+    return "" if made.keys() == manifest["parents"].keys() else "it has other parents"
 
 
 def standing(chain: Chain) -> dict[str, bool]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpc.errors import printable
+
 
 def last_line(log: Path, limit: int = 300) -> str:
     """The last line of a log that says something."""
@@ -14,5 +16,5 @@ def last_line(log: Path, limit: int = 300) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said = printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))
     return said if len(said) <= limit else said[: limit - 1] + "…"

@@ -159,11 +159,7 @@ class RunDir:
         Raises:
             UserError: What is there is no manifest.
         """
-        path = self.manifest(stage)
-        manifest = read_json(path)
-        if not isinstance(manifest, dict | None):
-            raise UserError(f"{path}: no manifest; delete it, and its stage is completed again")
-        return manifest
+        return read_json(self.manifest(stage))
 
     def add_job(self, **entry: Any) -> None:
         """Appends a line to ``jobs.jsonl``; one write, so that lines never mix."""
@@ -332,18 +328,21 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value, or None where there is no such file.
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file's object, or None where there is no such file.
 
     Raises:
-        UserError: The file is there and is not JSON.
+        UserError: The file is there and holds no JSON object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); delete it to make it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: no JSON object; delete it to make it again")
+    return value
 
 
 def _in_order(stages: Sequence[Stage]) -> dict[str, Stage]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from hpc.cluster import Resources
 
 Row = dict[str, Any]
 Counts = dict[str, Any]
@@ -95,6 +98,8 @@ class Stage:
             no parent is not waited for; it may come while the stage is at work, and ends that.
         counted: Whole numbers to be summed up beside rows, by name: fields of a map stage's rows,
             counts of a job (``tokens``). Never shapes the result.
+        fits: Asked before anything is queued or started, with what this stage would get: raises
+            `UserError` where that cannot carry it, and returns what a plan should tell.
     """
 
     name: str
@@ -111,6 +116,7 @@ class Stage:
     error_limit: float = 0.0
     unless: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
+    fits: Callable[[Resources], str] | None = None
 
     @property
     def parents(self) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def status(
         and seconds of the stage, and ``"jobs"`` and ``"hours"`` of all together.
         A run is complete, running, stopped, cancelled or incomplete. A stage is complete,
         running, incomplete (begun), outdated (made from what is no longer there), waiting, or
-        skipped: a decision let it pass, whose ``reason`` stands there.
+        skipped (a decision let it pass); an outdated and a skipped one have a ``reason``.
     """
     run = chain.run
     standing = gates.standing(chain)
@@ -237,11 +237,17 @@ def board(found: dict[str, Any]) -> Table:
         used = "  ".join(f"{_HOURS[key]}-hours: {_few(x)}" for key, x in found["hours"].items())
         table.title = f"{table.title}   {used}"
     told = [Text(found["reason"], style="red")] if found["reason"] else []
-    reasons = dict.fromkeys(entry["reason"] for entry in found["stages"] if "reason" in entry)
-    if told := told + [Text(f"skipped by {reason}") for reason in reasons]:
+    if told := told + [Text(reason) for reason in _reasons(found["stages"])]:
         table.caption = Text("\n").join(told)
         table.caption_justify = "left"
     return table
+
+
+def _reasons(stages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why stages were skipped, each reason once, and why the first one is outdated."""
+    skipped = [e["reason"] for e in stages if e["state"] == "skipped"]
+    stale = [f"{e['name']} is outdated: {e['reason']}" for e in stages if e["state"] == "outdated"]
+    return [f"skipped by {reason}" for reason in dict.fromkeys(skipped)] + stale[:1]
 
 
 def _few(hours: float) -> str:
@@ -279,6 +285,9 @@ def _stage(chain: Chain, name: str, complete: bool, active: bool) -> dict[str, A
         skipped = manifest.get("skipped")
         if skipped:
             entry["reason"] = f"{skipped['by']}: {skipped['reason']}"
+        if not complete:
+            behind = "what it is made from is to be made again"
+            entry["reason"] = gates.outdated(chain, name, manifest) or behind
         return entry | {
             "state": "outdated" if not complete else "skipped" if skipped else "complete",
             "shards": {"done": manifest["shards"], "total": manifest["shards"]},

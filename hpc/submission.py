@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hpc import gates, slurm
 from hpc.accounting import by_stage, spent
-from hpc.admission import admit
+from hpc.admission import admit, fits
 from hpc.cluster import Profile, read_profile
 from hpc.config import dump
 from hpc.container import pin
@@ -71,8 +71,9 @@ def submit(
         How many jobs were submitted; 0 if the chain is complete or all of it is queued.
 
     Raises:
-        UserError: Slurm refuses a job or stays away, another submission is under way, or the
-            run directory cannot be used as it is.
+        UserError: Slurm refuses a job or stays away, a stage cannot be made with what the profile
+            gives it, another submission is under way, or the run directory cannot be used as it
+            is.
     """
     run = chain.run
     new = not run.path.exists()
@@ -85,6 +86,7 @@ def submit(
                 gates.refuse_changes(chain)
             if all(gates.standing(chain).values()):
                 return 0
+            fits(chain, profile)
             profile = pinned(chain, profile, other_image)
             run.unmark(STOPPED, CANCELLED, "slurm/finished")
             gates.withdraw(chain)

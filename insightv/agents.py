@@ -269,9 +269,9 @@ class DirectAgent(_Answering):
 
 
 class MultiAgent:
-    """The pair: one reasons, the other answers."""
+    """The pair: one reasons, the other answers (or the same, where that is a `FinalAgent`)."""
 
-    def __init__(self, reasoning: ReasoningAgent, summary: SummaryAgent):
+    def __init__(self, reasoning: ReasoningAgent, summary: Answerer):
         """Takes the two agents."""
         self.reasoning, self.summary = reasoning, summary
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.config import load
+from hpc.disk import expanded
 from hpc.errors import UserError
 from insightv.config import NONE, ChainConfig, ModelConfig, QuestionsSection
 from insightv.engines.config import EngineConfig
@@ -21,14 +22,19 @@ from insightv.questions import load_set, sources
 _TEXT = re.compile(r"(models\.\w+\.(?:path|prompts))=\s*\Z")
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
+def read(path: Path, overrides: Sequence[str] = (), fetched: bool = True) -> ChainConfig:
     """Reads and checks a chain file, and resolves what depends on this machine.
+
+    Args:
+        path: The chain file.
+        overrides: ``key=value`` over what it says.
+        fetched: As for `resolve`.
 
     Raises:
         UserError: An unknown key, an impossible value, a folder that is no model.
     """
     config = checked(path, overrides)
-    resolve(config)
+    resolve(config, fetched)
     return config
 
 
@@ -41,6 +47,7 @@ def checked(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
     # An empty value is none in YAML; for what names a model, empty means something.
     config = load(ChainConfig, path, [_TEXT.sub(r"\1=''", o) for o in overrides])
     _load_sets(config.questions, path.parent)
+    _bound_pictures(config.questions)
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} is {value}: give a finite number")
@@ -55,8 +62,13 @@ def checked(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
     return config
 
 
-def resolve(config: ChainConfig) -> None:
+def resolve(config: ChainConfig, fetched: bool = True) -> None:
     """Resolves what depends on this machine: folders, prompts, and what models hold.
+
+    Args:
+        config: The chain's, which is changed.
+        fetched: Whether every model must be here. Else one with a name on the hub may still be
+            missing: it is known by that name, which is enough to plan with.
 
     Raises:
         UserError: A folder that is no model, or a set of prompts that is none.
@@ -66,12 +78,13 @@ def resolve(config: ChainConfig) -> None:
         raise UserError("models.base.path: give a model folder, or tiny")
     for role in ("base", "generator", "judge", "scorer"):
         model = getattr(config.models, role)
-        _resolve(role, model, base)
+        _resolve(role, model, base, fetched)
         if model.engine is not None:
             _resolve_key(f"models.{role}.engine", model.engine)
+    config.benchmarks.resolve()
     asked = config.questions
     if asked.mappings or asked.held_out_mappings:
-        asked.folder = str(Path(asked.folder).expanduser().absolute())
+        asked.folder = str(expanded(asked.folder).absolute())
     for mapping in (*asked.mappings, *asked.held_out_mappings):
         for name, split in mapping.splits.items():
             looked_for = name != "train" and asked.duplicates != "keep"
@@ -97,7 +110,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def folders(config: ChainConfig) -> list[Path]:
-    """The folders of this machine that a resolved configuration names: models and prompts."""
+    """The folders of this machine that a resolved configuration names: models, prompts, sets."""
     models = config.models
     named = [
         name
@@ -106,6 +119,8 @@ def folders(config: ChainConfig) -> list[Path]:
     ]
     asked = config.questions
     named += [str(asked.place.of(m)) for m in (*asked.mappings, *asked.held_out_mappings)]
+    if config.benchmarks.tasks:
+        named += [config.benchmarks.folder, config.benchmarks.include]
     return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
 
 
@@ -120,9 +135,16 @@ def _load_sets(asked: QuestionsSection, beside: Path) -> None:
         (asked.held_out, asked.held_out_mappings),
     ):
         for name in names:
-            given = Path(name).expanduser()
+            given = expanded(name)
             mappings.append(load_set(beside / given if (beside / given).is_file() else given))
         names.clear()
+
+
+def _bound_pictures(asked: QuestionsSection) -> None:
+    """Lets no set that is read have larger pictures than the chain wants."""
+    if asked.longest_side > 0:
+        for mapping in asked.mappings:
+            mapping.longest_side = min(mapping.longest_side, asked.longest_side)
 
 
 def _validate(config: ChainConfig) -> None:
@@ -145,10 +167,19 @@ def _resolve_key(name: str, engine: EngineConfig) -> None:
     server = engine.server
     if engine.kind == "server" and server.key_file:
         read_key(server.key_file, f"{name}.server.key_file")
-        server.key_file = str(Path(server.key_file).expanduser().absolute())
+        server.key_file = str(expanded(server.key_file).absolute())
 
 
-def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:
+def missing(config: ChainConfig) -> dict[str, ModelConfig]:
+    """Models that are still to be fetched from the hub, by role; a folder counts once."""
+    found: dict[str, tuple[str, ModelConfig]] = {}
+    for role, model in vars(config.models).items():
+        if model.hub and not Path(model.path).exists():
+            found.setdefault(model.path, (role, model))
+    return dict(found.values())
+
+
+def _resolve(role: str, model: ModelConfig, base: ModelConfig, fetched: bool) -> None:
     """Makes a model's paths absolute and notes what the folder holds."""
     if model.path == NONE:
         if role != "judge":
@@ -156,14 +187,20 @@ def _resolve(role: str, model: ModelConfig, base: ModelConfig) -> None:
         return
     if not model.path:
         model.path, model.prompts = base.path, model.prompts or base.prompts
+        model.hub, model.revision = base.hub, base.revision
     if not model.prompts:
         model.prompts = EMBEDDED if model.path == EMBEDDED else "default"
     if model.path != EMBEDDED:
-        model.path = str(Path(model.path).expanduser().absolute())
+        model.path = str(expanded(model.path).absolute())
     load_prompts(model.prompts)
     if Path(model.prompts).is_dir() and not (FOLDER / model.prompts).is_dir():
         model.prompts = str(Path(model.prompts).absolute())
+    absent = bool(model.hub) and not Path(model.path).exists()
+    if absent and not fetched:
+        model.digest = f"{model.hub}@{model.revision}"
+        return
     try:
         model.digest = fingerprint(model_folder(model.path))
     except UserError as error:
-        raise UserError(f"models.{role}.path: {error}") from None
+        told = f", or let `insightv prefetch` fetch {model.hub}" if absent else ""
+        raise UserError(f"models.{role}.path: {error}{told}") from None

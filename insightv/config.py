@@ -17,6 +17,7 @@ from insightv.curation import PairConfig, ReasoningSetConfig, SummarySetConfig
 from insightv.demo.sets import QuestionsConfig, Sizes
 from insightv.engines import EngineConfig
 from insightv.evaluation.answering import CallConfig
+from insightv.evaluation.benchmarks import BenchmarksConfig
 from insightv.evaluation.results import LADDER
 from insightv.evaluation.stopping import EarlyStopConfig
 from insightv.folders import EMBEDDED
@@ -44,6 +45,10 @@ class QuestionsSection(QuestionsConfig):
             which then stands on its own.
         mappings: Sets that are read, written out; see `SetConfig`.
         take: Most questions of these sets, by split; a set that is not named gives all.
+        longest_side: Larger pictures of sets that are read are made smaller, to so many pixels,
+            also where the set itself would let them be; 0: as each set says. For models that
+            take a picture as it is: Qwen2.5-VL reads 28 × 28 pixels a token, so 1,792 is at
+            most 4,096 tokens.
         folder: Where the folders of sets lie.
         network: Sets without files there may be read from the hub. Compute nodes mostly have
             no way out; then fetch them before.
@@ -65,6 +70,7 @@ class QuestionsSection(QuestionsConfig):
     sets: list[str] = unhashed_factory(list)
     mappings: list[SetConfig] = field(default_factory=list)
     take: dict[str, Sizes] = field(default_factory=dict)
+    longest_side: int = unhashed(0)  # it stands, hashed, in the mappings it changes
     folder: str = unhashed("")
     network: bool = unhashed(False)
     held_out: list[str] = unhashed_factory(list)
@@ -106,6 +112,8 @@ class QuestionsSection(QuestionsConfig):
                 f"questions.duplicates is {self.duplicates!r}: use {', '.join(DUPLICATES)}"
             )
         self.direct.validate("questions.direct")
+        if self.longest_side < 0:
+            raise UserError(f"questions.longest_side is {self.longest_side}; give 0 or more")
         if self.per_shard < 1:
             raise UserError(f"questions.per_shard is {self.per_shard}; give 1 or more")
 
@@ -139,6 +147,9 @@ class ModelConfig:
     Attributes:
         path: ``tiny`` (the embedded model) or a folder in Hugging Face format (LLaVA-NeXT,
             Qwen2.5-VL, …). Empty: the model of ``models.base``.
+        hub: Its name on the Hugging Face hub: what `insightv prefetch` fetches into ``path``
+            unless it is there.
+        revision: The commit that is fetched. Empty: the newest.
         prompts: The set of prompts: ``default`` for instruction-following models, ``tiny`` for
             the embedded one, or a folder of one's own. Empty: ``tiny`` for the embedded model
             and what was trained from it, ``default`` otherwise.
@@ -148,6 +159,8 @@ class ModelConfig:
     """
 
     path: str = unhashed("")
+    hub: str = unhashed("")
+    revision: str = unhashed("")
     prompts: str = ""
     digest: str = ""
     engine: EngineConfig | None = unhashed(None)
@@ -173,12 +186,14 @@ class ModelsConfig:
     scorer: ModelConfig = field(default_factory=ModelConfig)
 
     def validate(self) -> None:
-        """Checks how they are run.
+        """Checks how they are run, and where they are fetched to.
 
         Raises:
             UserError: One of them cannot be.
         """
         for role, model in vars(self).items():
+            if model.hub and model.path in ("", EMBEDDED, NONE):
+                raise UserError(f"models.{role}.hub: give path as well, the folder it is for")
             if model.engine is not None:
                 model.engine.validate(f"models.{role}.engine")
 
@@ -294,6 +309,10 @@ class EvaluationSection:
             getattr(self, name).validate(f"evaluation.{name}")
         if self.split not in SPLITS:
             raise UserError(f"evaluation.split is {self.split!r}: use {' or '.join(SPLITS)}")
+        if not self.entries:
+            raise UserError("evaluation.entries is empty: name one, such as base")
+        if self.resamples_seed < 0:  # numpy takes none, and would say so at the end of the run
+            raise UserError(f"evaluation.resamples_seed is {self.resamples_seed}: give 0 or more")
 
 
 @dataclass
@@ -340,6 +359,7 @@ class ChainConfig:
     training: TrainingSection = field(default_factory=TrainingSection)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
     error_limit: float = unhashed(0.02)
     engine: EngineConfig = field(default_factory=EngineConfig)
     local: LocalConfig = field(default_factory=LocalConfig)

@@ -6,14 +6,21 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import insightv
+from hpc.disk import unreadable
 from hpc.errors import UserError
 
 EMBEDDED = "tiny"
 """Names the model that is shipped with the package."""
 
-_BLOCK, _BLOCKS = 1 << 16, 64
+TOWERS = ("vision_tower", "visual", "vision_model")
+"""Names of the module that sees, in the families' code and weights."""
+PROJECTORS = ("merger", "deepstack_merger_list")
+"""Names of projectors that stand inside that module."""
+
+_BLOCK = 1 << 16
 
 
 def model_folder(path: str) -> Path:
@@ -25,24 +32,49 @@ def fingerprint(folder: Path) -> str:
     """Tells models apart without reading gigabytes: sizes and samples of their weights.
 
     Raises:
-        UserError: The folder is no model in Hugging Face format.
+        UserError: The folder is no model in Hugging Face format, or may not be read.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; give a model in Hugging Face format, or tiny")
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
-    _check_config(folder / "config.json")
-    _check_weights(folder, weights)
     summed = hashlib.sha256()
-    for path in [folder / "config.json", *weights]:
-        size = path.stat().st_size
-        summed.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(place)
-                summed.update(file.read(_BLOCK))
+    try:
+        _check_config(folder / "config.json")
+        _check_weights(folder, weights)
+        for path in [folder / "config.json", *weights]:
+            add_samples(summed, path, 64)
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error) from None
     return summed.hexdigest()[:16]
+
+
+def add_samples(summed: hashlib._Hash, path: Path, blocks: int) -> None:
+    """Adds to a digest what a file is called, its size, and ``blocks`` of 64 KiB spread over it.
+
+    A file that is shorter than they are is added whole.
+    """
+    size = path.stat().st_size
+    summed.update(f"{path.name}\0{size}\0".encode())
+    with path.open("rb") as file:
+        for place in range(0, size, max(_BLOCK, size // blocks)):
+            file.seek(place)
+            summed.update(file.read(_BLOCK))
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a model folder that `fingerprint` takes, by its name there."""
+    heads = (_head(path)[1] for path in sorted(folder.glob("*.safetensors")))
+    return {name: tuple(entry["shape"]) for head in heads for name, entry in head.items()}
+
+
+def _head(path: Path) -> tuple[int, dict[str, Any]]:
+    """The head of a safetensors file, and how many bytes it takes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(length if length < path.stat().st_size else 0))
+    return length, {name: entry for name, entry in head.items() if name[:2] != "__"}
 
 
 def _check_config(path: Path) -> None:
@@ -71,11 +103,10 @@ def _check_weights(folder: Path, weights: Sequence[Path]) -> None:
     for path in weights:
         size = path.stat().st_size
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                head = json.loads(file.read(length if length < size else 0))
-            ends = [entry["data_offsets"][1] for name, entry in head.items() if name[:2] != "__"]
-            wanted = 8 + length + max(ends, default=0)
+            length, head = _head(path)
+            wanted = (
+                8 + length + max((entry["data_offsets"][1] for entry in head.values()), default=0)
+            )
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             raise UserError(f"{path} is no safetensors file, or cut off; fetch it again") from None
         if size != wanted:

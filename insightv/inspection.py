@@ -155,7 +155,7 @@ def _op(device: str) -> Finding:
 def _reduce(gpus: int) -> Iterator[Finding]:
     """All-reduce among all GPUs by NCCL; without any, between two processes by gloo."""
     backend, count = ("nccl", gpus) if gpus else ("gloo", 2)
-    about = f"{backend} all-reduce"
+    about, hint = f"{backend} all-reduce", "; set NCCL_DEBUG=INFO" if gpus else ""
     with tempfile.TemporaryDirectory() as folder:
         words = [str(count), backend, f"{folder}/meet"]
         ranks = [
@@ -172,12 +172,12 @@ def _reduce(gpus: int) -> Iterator[Finding]:
         except subprocess.TimeoutExpired:
             for process in ranks:
                 process.kill()
-            yield Finding("wrong", about, f"hangs for {_SECONDS:.0f} s; set NCCL_DEBUG=INFO")
+            yield Finding("wrong", about, f"hangs for {_SECONDS:.0f} s{hint}")
             return
     for process, text in zip(ranks, said, strict=True):
         if process.returncode:
             last = (text.strip().splitlines() or ["no word"])[-1]
-            yield Finding("wrong", about, f"{last[:200]}; set NCCL_DEBUG=INFO")
+            yield Finding("wrong", about, f"{last[:200]}{hint}")
             return
     yield Finding("ok", about, f"among {count} {'GPUs' if gpus else 'processes'}")
 

@@ -17,13 +17,12 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
-from hpc.errors import UserError
+from hpc.errors import UserError, printable
 from hpc.rundir import RunDir
 from hpc.shards import read_entries, shard_path, sidecars
 from hpc.stages import Row, Stage
 from insightv.evaluation.stopping import CHOICE
 
-_CONTROL = re.compile(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _KEY = re.compile(
     r"(?:(?:reasoning|summary):)?(?P<question>[^/@]+?)(?:/r\d+/p\d+)?"
     r"(?:/(?:reasoning|direct|multi_turn|summary|plain)|@.+)?"
@@ -357,5 +356,5 @@ def _line(*parts: str | tuple[str, str] | Text, style: str = "") -> Text:
             line.append_text(part)
         else:
             text, of = (part, "") if isinstance(part, str) else part
-            line.append(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text), of or None)
+            line.append(printable(text), of or None)
     return line

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,14 +23,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from hpc.disk import share, unreadable
 from hpc.errors import UserError, one_line
+from insightv.folders import PROJECTORS, TOWERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
-_TOWERS = ("vision_tower", "visual", "vision_model")
-_PROJECTORS = ("merger", "deepstack_merger_list")
-_PACKABLE = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+_PACKABLE = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose language model is plainly causal, and for which packing is tested."""
 _CONTEXT = 4096
 """For models whose configuration does not tell their longest input."""
@@ -146,7 +148,9 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
     """Writes a folder that ``load`` (and transformers) reads again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, safe_serialization=True)
+    # transformers imports deepspeed where it is installed, whatever backend trained.
+    with deepspeed_told(torch.cuda.is_available()):
+        model.save_pretrained(folder, safe_serialization=True)
     processor.save_pretrained(folder)
     # The settings of a video part that was not loaded here would be lost to those who have it.
     source = Path(processor.tokenizer.name_or_path or ".")
@@ -154,6 +158,27 @@ def save(model: Any, processor: Any, folder: str | Path) -> None:
     settings = _video_settings(source) if not hasattr(processor, "video_processor") else None
     if settings is not None and not target.exists():
         target.write_text(json.dumps(settings, indent=2))
+    share(folder)
+
+
+@contextmanager
+def deepspeed_told(gpu: bool, **variables: str) -> Iterator[None]:
+    """Answers by environment variables what deepspeed asks for when it is imported or started.
+
+    What somebody has set stays; the others are gone afterwards.
+
+    Args:
+        gpu: Whether it may look for a GPU; without one it complains.
+        variables: What else it asks for.
+    """
+    wanted = variables if gpu else {"DS_ACCELERATOR": "cpu", **variables}
+    missing = wanted.keys() - os.environ.keys()
+    os.environ |= {name: wanted[name] for name in missing}
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 def _video_settings(folder: Path) -> dict[str, Any] | None:
@@ -172,7 +197,7 @@ def digest_of(folder: str | Path) -> str:
     """SHA-256 (16 hex digits) over a model folder's ``config.json`` and safetensors.
 
     Raises:
-        UserError: The folder is missing or is no model folder.
+        UserError: The folder is missing, is no model folder, or may not be read.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -192,7 +217,10 @@ def digest_of(folder: str | Path) -> str:
         for file in [config, *weights]
         for stat in [file.stat()]
     )
-    return _digest(stamps)
+    try:
+        return _digest(stamps)
+    except OSError as error:
+        raise unreadable(Path(error.filename or path), error) from None
 
 
 @lru_cache(maxsize=64)
@@ -285,7 +313,7 @@ def freeze_vision(model: Any) -> int:
     """
     frozen = 0
     for name, parameter in vision_tower(model).named_parameters():
-        if not any(part in _PROJECTORS for part in name.split(".")):
+        if not any(part in PROJECTORS for part in name.split(".")):
             parameter.requires_grad_(False)
             frozen += parameter.numel()
     return frozen
@@ -298,11 +326,11 @@ def vision_tower(model: Any) -> torch.nn.Module:
         UserError: The model has none of them.
     """
     for module in _shells(model):
-        for name in _TOWERS:
+        for name in TOWERS:
             tower = getattr(module, name, None)
             if isinstance(tower, torch.nn.Module):
                 return tower
-    raise UserError(f"{type(model).__name__} has no vision tower by a known name: {_TOWERS}")
+    raise UserError(f"{type(model).__name__} has no vision tower by a known name: {TOWERS}")
 
 
 def _shells(model: Any) -> Iterator[Any]:

@@ -421,6 +421,56 @@ def choose(config: ChainConfig, target: str) -> Run:
     return run
 
 
+def benchmark_questions(config: ChainConfig) -> Run:
+    """Writes down what lmms-eval's tasks ask."""
+
+    def run(context: Context) -> Counts | None:
+        from insightv.evaluation.benchmarks import ask
+
+        return ask(config.benchmarks, context)
+
+    return run
+
+
+def benchmark(
+    config: ChainConfig, entry: EntryConfig, reasoner: Source | None, summariser: Source | None
+) -> Load:
+    """What lmms-eval's tasks ask → predictions of one entry, judged by the rules alone."""
+
+    def load(context: Context) -> Mapper:
+        from insightv.assessment.judge import Judge, JudgeConfig
+        from insightv.evaluation.benchmarks import ByTask, made_with
+
+        texts = (reasoner or summariser or Source("", "default")).texts
+        agents = dict.fromkeys(source for source in (reasoner, summariser) if source is not None)
+        engines = {source: source.engine(config, context, len(agents)) for source in agents}
+        sampling = made_with(context.shards("questions"))["sampling"]
+        rules = {task: config.benchmarks.judged(task, config.judge.rules) for task in sampling}
+        return ByTask(
+            entry,
+            texts,
+            {task: Judge(None, texts, JudgeConfig(rule)) for task, rule in rules.items()},
+            engines[reasoner] if reasoner else None,
+            engines[summariser] if summariser else None,
+            config.seed,
+            sampling,
+        )
+
+    return load
+
+
+def benchmark_scores(config: ChainConfig, entries: Sequence[str]) -> Run:
+    """Lets lmms-eval score what the entries answered."""
+
+    def run(context: Context) -> Counts | None:
+        from insightv.evaluation.benchmark_scores import score
+
+        seed = config.evaluation.resamples_seed
+        return score(config.benchmarks, entries, context, seed)
+
+    return run
+
+
 def results(config: ChainConfig) -> Run:
     """Collects ``results.json``."""
 

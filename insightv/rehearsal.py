@@ -20,12 +20,20 @@ from hpc.rundir import Chain, RunDir
 from insightv.chain import ENTRIES
 from insightv.config import MOST_ROUNDS, SETS, ChainConfig
 from insightv.demo.sets import Sizes
+from insightv.evaluation.benchmark_scores import SCORES
 from insightv.evaluation.stopping import CHOICE
 from insightv.folders import model_folder
 
 _SPLITS = ("train", "validation", "test")
 _SHARDS = 8  # enough to see how much they differ
-_ALIKE = {"sft": "sft-reasoning", "set": "set-reasoning", "eval": "eval-multi-agent"}
+_ALIKE = {
+    "sft": "sft-reasoning",
+    "set": "set-reasoning",
+    "eval": "eval-multi-agent",
+    "lmms": "eval-multi-agent",
+}
+_TASK = 1000
+"""Questions of a benchmark, about: how many is known to lmms-eval alone."""
 
 
 def small(config: ChainConfig, share: float, floor: int) -> ChainConfig:
@@ -49,6 +57,9 @@ def small(config: ChainConfig, share: float, floor: int) -> ChainConfig:
             else:
                 sizes = made.questions.take.setdefault(name, Sizes())
             setattr(sizes, split, min(whole, max(math.ceil(whole * share), floor)))
+    if made.benchmarks.tasks:
+        whole = config.benchmarks.limit or _TASK
+        made.benchmarks.limit = min(whole, max(math.ceil(whole * share), floor, 1))
     total = _questions(made, "train")
     # A forecast is of all rounds; and so few questions decide nothing.
     made.rounds.early_stop.patience = MOST_ROUNDS
@@ -63,6 +74,8 @@ def units(config: ChainConfig, chain: Chain) -> dict[str, float]:
 
 def _units(config: ChainConfig, name: str) -> float:
     first, _, rest = name.partition("-")
+    if "lmms" in (first, rest):
+        return len(config.benchmarks.tasks) * (config.benchmarks.limit or _TASK)
     if first == "questions":
         return _questions(config, rest)
     train, asked = _questions(config, "train"), _questions(config, config.evaluation.split)
@@ -150,7 +163,8 @@ def _from_quickstart(config: ChainConfig, chain: Chain, profile: Profile) -> For
     known = json.loads((files("insightv") / "measured.json").read_text(encoding="utf-8"))
     measured = {name: Measured(**item) for name, item in known["stages"].items()}
     alike = {name: measured[_alike(name, measured)] for name in chain.stages}
-    base = size(model_folder(config.models.base.path))
+    folder = model_folder(config.models.base.path)
+    base = size(folder) if folder.exists() else 0  # `plan` says that it is not here
     return extrapolate(
         chain,
         profile,
@@ -168,6 +182,8 @@ def _alike(name: str, measured: dict[str, Measured]) -> str:
     first, _, rest = name.partition("-")
     if name in measured:
         return name
+    if name == SCORES:
+        return "results"
     if first in _ALIKE:
         return _ALIKE[first]
     if first == "questions":

@@ -1,8 +1,10 @@
 """Both agents of a run behind one OpenAI-compatible endpoint.
 
-Three models: ``direct`` answers at once (the base), ``single-agent`` reasons and answers in one
-turn, ``multi-agent`` is the pair. The reasoning comes as ``reasoning_content``, as chat
-clients know it from reasoning models, then the answer as ``content``; streamed, step by step.
+A model name for each way of answering: ``direct`` and ``base-reasoning`` are the base, asked for
+the answer or told to reason first; ``single-agent`` reasons and answers in one turn;
+``summary-only`` is the summary agent alone, ``multi-agent`` the pair. The reasoning comes as
+``reasoning_content``, as chat clients know it from reasoning models, then the answer as
+``content``; streamed, that of the pair step by step.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from starlette.routing import Route
 from hpc.errors import RecordError
 from insightv.agents import (
     DirectAgent,
+    FinalAgent,
     MultiAgent,
     ReasoningAgent,
     SummaryAgent,
     direct_messages,
     reasoning_messages,
+    summary_messages,
 )
 from insightv.curation.controls import parse_direct
 from insightv.engines.base import Engine, Sampling
@@ -44,10 +48,18 @@ from insightv.evaluation.answering import EntryConfig
 from insightv.evaluation.asking import steps_aloud
 from insightv.pictures import Pictures, decode
 from insightv.prompting import Prompts
+from insightv.questions.texts import said_with_pictures
 from insightv.records import Question, seed_for
 from insightv.steps import parse_steps, render_steps
 
-MODELS = ("direct", "single-agent", "multi-agent")
+MODELS = ("direct", "base-reasoning", "single-agent", "summary-only", "multi-agent")
+_SPEAKS_FIRST = {
+    "direct": "base",
+    "base-reasoning": "base",
+    "single-agent": "single",
+    "summary-only": "summary",
+    "multi-agent": "reasoning",
+}
 MOST_BYTES = 64 * 2**20
 """Of a request: some large pictures."""
 MOST_PICTURES = 16
@@ -172,10 +184,15 @@ class Agents:
         Raises:
             RecordError: The engine cannot serve it.
         """
-        role = {"direct": "base", "single-agent": "single"}.get(asked.model, "reasoning")
-        make = direct_messages if asked.model == "direct" else reasoning_messages
-        messages = make(self._prompts, question)
-        return self.engine(role).count(Call(messages, question.pictures, Sampling()))
+        if asked.model == "direct":
+            messages = direct_messages(self._prompts, question)
+        elif asked.model == "summary-only":
+            messages = summary_messages(self._prompts, question, None)
+        else:
+            messages = reasoning_messages(self._prompts, question)
+        return self.engine(_SPEAKS_FIRST[asked.model]).count(
+            Call(messages, question.pictures, Sampling())
+        )
 
     async def reply(self, asked: Asked, question: Question) -> AsyncIterator[Piece]:
         """The pieces of a reply.
@@ -202,14 +219,19 @@ class Agents:
             reasoner = ReasoningAgent(self.engine("single"), self._prompts, thought)
             async for piece in _at_once(reasoner, question, thought, seed):
                 yield piece
-        elif asked.stream:
+        elif asked.model == "summary-only":
+            found = await self._summary(answer).answer(question, None, seed)
+            yield Piece("content", found.text, found.tokens)
+        elif asked.model == "multi-agent" and asked.stream:
             async for piece in self._aloud(question, entry, seed):
                 yield piece
         else:  # as the evaluation asks: the whole chain in one call
-            pair = MultiAgent(
-                ReasoningAgent(self.engine("reasoning"), self._prompts, thought),
-                SummaryAgent(self.engine("summary"), self._prompts, answer),
+            reasoner = ReasoningAgent(
+                self.engine(_SPEAKS_FIRST[asked.model]), self._prompts, thought
             )
+            alone = asked.model == "base-reasoning"
+            last = FinalAgent(reasoner.engine, self._prompts, answer)
+            pair = MultiAgent(reasoner, last if alone else self._summary(answer))
             reasoning, said = await pair.answer(question, seed)
             yield Piece("reasoning_content", reasoning.text, reasoning.tokens)
             yield Piece("content", said.text, said.tokens)
@@ -225,9 +247,12 @@ class Agents:
                 continue
             steps.append(heard.step)
             yield Piece("reasoning_content", f"{render_steps([heard.step])}\n")
-        summary = SummaryAgent(self.engine("summary"), self._prompts, entry.answer.sampling())
+        summary = self._summary(entry.answer.sampling())
         said = await summary.answer(question, render_steps(steps), seed)
         yield Piece("content", said.text, said.tokens)
+
+    def _summary(self, sampling: Sampling) -> SummaryAgent:
+        return SummaryAgent(self.engine("summary"), self._prompts, sampling)
 
 
 async def _at_once(
@@ -275,7 +300,7 @@ def parse(body: Any, offered: tuple[str, ...]) -> Asked:
         ):
             raise Refused("messages: each turn has a role (system, user or assistant) and content")
         if message["role"] == "user":
-            text, shown = _content(message.get("content"))
+            text, shown = _content(message.get("content"), len(pictures))
             texts.append(text)
             pictures += shown
     if messages[-1]["role"] != "user" or not texts[-1].strip():
@@ -296,22 +321,24 @@ def parse(body: Any, offered: tuple[str, ...]) -> Asked:
     )
 
 
-def _content(content: Any) -> tuple[str, list[bytes]]:
-    """A turn's text and pictures."""
+def _content(content: Any, before: int) -> tuple[str, list[bytes]]:
+    """A turn's text and pictures; ``before`` are those of earlier turns."""
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list):
         raise Refused("messages: content is a text or a list of parts")
-    texts, pictures = [], []
+    texts: list[str | None] = []
+    pictures = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind == "image_url":
             pictures.append(_picture(part.get("image_url")))
+            texts.append(None)
         else:
             raise Refused("messages: a part is of type text or image_url")
-    return "\n".join(texts), pictures
+    return said_with_pictures(texts, before), pictures
 
 
 def _picture(given: Any) -> bytes:

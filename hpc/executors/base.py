@@ -1,4 +1,4 @@
-"""What the driver asks of whatever runs its jobs."""
+"""A job, and what the driver asks of whatever runs its jobs here."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class State:
 
 
 class Executor(Protocol):
-    """Runs jobs: processes here, or jobs of a cluster.
+    """Runs the driver's jobs as processes; on a cluster nobody drives, gates go on by themselves.
 
     Attributes:
         keep: Descriptors that local processes inherit: the lock of the run, which is thereby

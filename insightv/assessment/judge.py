@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hpc.errors import RecordError
+from hpc.errors import RecordError, UserError
 from hpc.stages import Row
 from insightv.assessment.rules import Decision, RuleConfig, decide, normal
 from insightv.engines.base import Engine, Request, Sampling
+from insightv.engines.config import SamplingConfig
 from insightv.prompting import Prompts
 from insightv.records import Message, Question, ReasoningPath, Verdict, seed_for
 
@@ -35,6 +36,21 @@ class JudgeConfig:
     top_p: float = 0.7
     max_tokens: int = 32
     tries: int = 3
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: One of them is not possible.
+        """
+        SamplingConfig(self.temperature, self.top_p, max_tokens=self.max_tokens).validate("judge")
+        if self.tries < 1:
+            raise UserError(f"judge.tries is {self.tries}: use 1 or more")
+        for key in ("integer_tolerance", "decimal_tolerance"):
+            if not 0 <= getattr(self.rules, key) < 1:
+                raise UserError(
+                    f"judge.rules.{key} is {getattr(self.rules, key)}: use a share, 0 to below 1"
+                )
 
 
 class Judge:
@@ -97,7 +113,7 @@ class Judge:
             self.config.temperature, self.config.top_p, max_tokens=self.config.max_tokens
         )
         detail = decision.detail
-        for attempt in range(max(1, self.config.tries)):
+        for attempt in range(self.config.tries):
             seed = seed_for(self.seed, "judge", question.key, answer, attempt)
             request = Request((Message("user", prompt),), (), sampling, seed)
             try:

@@ -177,6 +177,7 @@ def latex(question: Question, text: str) -> Decision | None:
         return None
     try:
         from math_verify import parse, verify
+        from math_verify.errors import TimeoutException
     except ImportError:
         return Decision(None, UNDECIDED, "LaTeX; install math-verify to have it decided by rule")
     if threading.current_thread() is not threading.main_thread():
@@ -184,9 +185,15 @@ def latex(question: Question, text: str) -> Decision | None:
         return Decision(None, UNDECIDED, "LaTeX outside the main thread")
     prose = len(_WORDS.findall(re.sub(r"\\[A-Za-z]+|\$[^$]*\$", " ", text))) > 1
     answer, text = _in_latex(question.answer.strip("$")), _in_latex(text)
-    gold = parse(f"${answer}$", parsing_timeout=LATEX_SECONDS)
-    given = parse(text if prose else f"${text.strip('$')}$", parsing_timeout=LATEX_SECONDS)
-    if verify(gold, given, timeout_seconds=LATEX_SECONDS):
+    try:
+        gold, given = (
+            parse(said, parsing_timeout=LATEX_SECONDS, raise_on_error=True)
+            for said in (f"${answer}$", text if prose else f"${text.strip('$')}$")
+        )
+        equal = verify(gold, given, timeout_seconds=LATEX_SECONDS, raise_on_error=True)
+    except (Exception, TimeoutException) as error:  # what it could not finish proves nothing
+        return Decision(None, UNDECIDED, f"LaTeX that math-verify gives up: {type(error).__name__}")
+    if equal:
         return Decision(True, "math-verify")
     if any(not parsed or isinstance(parsed[0], str) for parsed in (gold, given)):
         return Decision(None, UNDECIDED, "LaTeX that math-verify cannot parse")

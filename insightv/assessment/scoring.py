@@ -19,6 +19,7 @@ from hpc.errors import RecordError, UserError
 from hpc.stages import Row
 from insightv.assessment.marks import CRITERIA, Marks, parse_scores, shift
 from insightv.engines.base import Engine, Request, Sampling
+from insightv.engines.config import SamplingConfig
 from insightv.prompting import Prompts
 from insightv.records import Message, PathScore, Question, ReasoningPath, seed_for
 from insightv.steps import render_steps
@@ -73,6 +74,7 @@ class ScoreConfig:
             raise UserError("score.samples, tries, max_paths and tokens_per_path: use 1 or more")
         if not 0 <= self.anchors < self.max_paths:
             raise UserError(f"score.anchors is {self.anchors}: use 0 up to max_paths - 1")
+        SamplingConfig(self.temperature, self.top_p).validate("score")
 
 
 def render_paths(texts: Sequence[str]) -> str:

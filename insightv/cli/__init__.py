@@ -15,8 +15,9 @@ import typer
 from typer.core import TyperGroup
 
 from hpc.disk import told
-from hpc.errors import UserError
+from hpc.errors import UserError, printable
 from insightv.cli import (
+    benchmarks,
     check,
     cluster,
     images,
@@ -68,6 +69,7 @@ looking.add_to(app)
 payloads.add_to(app)
 cluster.add_to(app)
 models.add_to(app)
+benchmarks.add_to(app)
 questions.add_to(app)
 serving.add_to(app)
 app.add_typer(shards.app, name="shards", rich_help_panel="Look")
@@ -137,5 +139,16 @@ def _forget_output() -> None:
 
 
 def _say(message: str) -> int:
-    print("insightv:", " ".join(message.split()), file=sys.stderr)
+    if _heard():
+        print("insightv:", printable(" ".join(message.split())), file=sys.stderr)
     return 2
+
+
+def _heard() -> bool:
+    """Whether this process speaks: of those on a node that have not found each other, the first.
+
+    Ranks that have found each other have agreed on who tells what went wrong.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    joined = getattr(distributed, "is_initialized", bool)()
+    return joined or os.environ.get("LOCAL_RANK", "0") == "0"

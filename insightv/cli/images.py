@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.errors import UserError
+from hpc.errors import UserError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -86,8 +87,8 @@ def bundle(
 @app.command()
 def check(
     image: ImageArgument,
-    run_dir: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path("runs"),
-    gpus: Annotated[int, typer.Option(help="GPUs that should be seen.")] = 0,
+    run_dir: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path(),
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that should be seen.")] = 0,
     cluster: Annotated[
         Path | None,
         typer.Option(metavar="PROFILE", help="Binds and options of its `container` entry."),
@@ -175,7 +176,7 @@ def _progress() -> Callable[[str], None]:
     import sys
 
     def say(said: str) -> None:
-        line = "".join(c for c in said if c.isprintable())
+        line = printable(said)
         if sys.stderr.isatty():
             print(f"\r\x1b[K{line[:100]}", end="", file=sys.stderr, flush=True)
         else:
@@ -185,9 +186,18 @@ def _progress() -> Callable[[str], None]:
 
 
 def _kept_digest(image: Path) -> str:
-    """The digest that lies beside an image; empty where none does."""
+    """The digest that lies beside an image; empty where none does.
+
+    Raises:
+        UserError: What lies there is none.
+    """
     kept = image.with_name(f"{image.name}.sha256")
-    return kept.read_text().split()[0] if kept.is_file() else ""
+    if not kept.is_file():
+        return ""
+    found = re.match(r"[0-9a-f]{64}\b", kept.read_text(errors="replace"))
+    if found is None:
+        raise UserError(f"{kept} holds no digest; copy it again, or write it with sha256sum")
+    return found[0]
 
 
 def _findings(text: str) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpc.errors import UserError
+from hpc.errors import UserError, printable
 from insightv.cli.runs import RunArgument, console, opened, refuse_queued
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def logs(
     failed: Annotated[
         bool, typer.Option("--failed", help="Show those of stages that did not complete.")
     ] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", help="So many from the end.")] = 40,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="So many from the end.")] = 40,
 ) -> None:
     """Show what the workers said.
 
@@ -113,9 +113,9 @@ def logs(
         for log in [*_last_attempt(chain.run.logs(name)), *_gate_logs(chain, name, whole)]:
             said = log.read_text(errors="replace").splitlines()
             if whole:
-                print(f"==> {log} <==", *map(_plain, said[-lines:]), sep="\n")
+                print(f"==> {log} <==", *map(printable, said[-lines:]), sep="\n")
             elif said:
-                print(f"{name}: {_plain(said[-1])[:120]}")
+                print(f"{name}: {printable(said[-1])[:120]}")
 
 
 def _gate_logs(chain: Chain, stage: str, wanted: bool) -> list[Path]:
@@ -136,11 +136,6 @@ def _last_attempt(folder: Path) -> list[Path]:
         if attempt.isdigit():
             found.setdefault(int(attempt), []).append(log)
     return found[max(found)] if found else []
-
-
-def _plain(line: str) -> str:
-    """The line without control characters, which could rewrite the terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else " " for c in line)
 
 
 def clean(

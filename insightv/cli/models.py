@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +33,7 @@ def compare(
     plots: Annotated[
         Path | None, typer.Option(help="Draw the plots (SVG) into this folder.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the resamples behind the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples behind the intervals.")] = 0,
 ) -> None:
     """Put finished runs beside each other: seeds pooled, sizes and rounds as curves."""
     from insightv.evaluation.comparison import compare as read
@@ -116,9 +118,11 @@ def agents_of(run: RunDir) -> tuple[Path, Path]:
     Raises:
         UserError: The run has not trained them yet.
     """
-    rounds = sorted(run.models.glob("reasoning-r*"), key=lambda path: int(path.name[11:] or 0))
-    rounds = [run.models / "reasoning", *rounds, run.models / "reasoning-chosen"]
-    found = [path for path in rounds if path.is_dir()]
+    # A model that is being written, or was when its training ended, is reasoning-r1.part.
+    numbers = [path.name[11:] for path in run.models.glob("reasoning-r*")]
+    rounds = [f"r{number}" for number in sorted(map(int, filter(str.isdecimal, numbers)))]
+    names = ["reasoning", *(f"reasoning-{name}" for name in (*rounds, "chosen"))]
+    found = [run.models / name for name in names if (run.models / name).is_dir()]
     summary = run.models / "summary"
     if not found or not summary.is_dir():
         raise UserError(f"{run.path}: the agents are not trained yet; see `insightv status`")
@@ -142,48 +146,60 @@ def evaluate(
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
     from hpc.progress import Bars
+    from hpc.rundir import RunDir
     from insightv.evaluation.results import collect, results_table
 
     run = opened(directory).run
     config = config_of(run)
     config.evaluation = replace(config.evaluation, entries=entries, split=split)
     config.evaluation.validate()
-    chain = _evaluation(config, run)
+    place = RunDir(run.path / "evaluations" / split)
+    chain = alone(config, run, place, (f"questions-{split}",), "eval-")
     with Bars() as bars:
         executor = LocalExecutor(preload=PRELOAD)
         drive(chain, executor, bars, slots=config.local.slots or None, remake=True)
     console().print(results_table(collect(chain.run.path, config.evaluation.resamples_seed)))
 
 
-def _evaluation(config: ChainConfig, run: RunDir) -> Chain:
-    """The evaluation stages alone, in a run directory of their own within the run.
+def alone(
+    config: ChainConfig, run: RunDir, place: RunDir, names: Sequence[str], prefix: str
+) -> Chain:
+    """Some stages alone, in a run directory of their own within the run.
 
     They use the run's models as they are now; a retrained model makes their predictions again.
+
+    Args:
+        config: The run's, with what is to be evaluated.
+        run: The run.
+        place: The directory within it.
+        names: Of the stages.
+        prefix: Further stages' names begin so.
 
     Raises:
         UserError: The run lacks a model that is needed.
     """
     from hpc.config import dump
     from hpc.disk import make_folder, write_atomic
-    from hpc.rundir import Chain, RunDir
+    from hpc.rundir import Chain
     from insightv.chain import assemble
 
-    place = RunDir(run.path / "evaluations" / config.evaluation.split)
     whole = assemble(config, place)
+    wanted = [name for name in whole.stages if name in names or name.startswith(prefix)]
     stages = []
-    for name, stage in whole.stages.items():
-        if name == f"questions-{config.evaluation.split}":
-            stages.append(stage)
-        elif name.startswith("eval-"):
-            made = {maker: (run.read_manifest(maker) or {}).get("made") for maker in stage.after}
-            if None in made.values():
-                maker = next(maker for maker in made if made[maker] is None)
-                raise UserError(f"{run.path}: {name} needs stage {maker}, which is not complete")
-            stages.append(replace(stage, after=(), config={**stage.config, "made": made}))
+    for name in wanted:
+        stage = whole.stages[name]
+        elsewhere = [maker for maker in stage.after if maker not in wanted]
+        made = {maker: (run.read_manifest(maker) or {}).get("made") for maker in elsewhere}
+        if None in made.values():
+            maker = next(maker for maker in made if made[maker] is None)
+            raise UserError(f"{run.path}: {name} needs stage {maker}, which is not complete")
+        more = {} if name in names else {"made": made}
+        after = tuple(maker for maker in stage.after if maker in wanted)
+        stages.append(replace(stage, after=after, config={**stage.config, **more}))
     make_folder(place.path)
     link = place.path / "models"
     if not link.is_symlink():
-        link.symlink_to(Path("..") / ".." / "models")
+        link.symlink_to(os.path.relpath(run.models, place.path))
     write_atomic(place.chain_file, dump(config))
     return Chain(stages, place, whole.command, whole.packages)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,8 @@ from insightv.cli.cluster import ProfileOption
 from insightv.cli.runs import ChainArgument, Overrides, RunOption, console, save
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from hpc.cluster import Profile
     from hpc.planning import Planned
     from hpc.rundir import Chain
@@ -42,18 +44,18 @@ def plan(
 ) -> None:
     """Show every job, what it waits for, what it may cost and what it will make."""
     from hpc import slurm
-    from hpc.admission import admit
+    from hpc.admission import admit, fits
     from hpc.cluster import read_profile
     from hpc.facts import Facts
     from hpc.planning import plan_of
     from hpc.rundir import RunDir
     from hpc.submission import fitted
     from insightv.chain import assemble
-    from insightv.chainfile import read
+    from insightv.chainfile import missing, read
     from insightv.cli.rehearsal import table
     from insightv.rehearsal import forecast_of
 
-    profile, config = read_profile(cluster), read(chain, overrides or ())
+    profile, config = read_profile(cluster), read(chain, overrides or (), fetched=prepare)
     run = run_dir or Path("runs") / chain.stem
     assembled = assemble(config, RunDir(run))
     if prepare:
@@ -66,14 +68,22 @@ def plan(
     there = slurm.answers()
     facts = Facts()
     profile = fitted(profile, facts) if there else profile
+    told = fits(assembled, profile)
     planned = plan_of(assembled, profile)
     if not planned:
         print(f"{assembled.run.path}: complete, nothing to do")
         return
-    _show(planned, profile)
-    for note in _idle(assembled, planned):
-        print(note)
+    console().print(_jobs(assembled, planned))
     console().print(table(forecast_of(config, assembled, profile)))
+    print(_cost(planned, profile))
+    for note in (*_idle(assembled, config, planned), *_together(told)):
+        print(note)
+    for role, model in missing(config).items():
+        lost = ", so no bytes of trained models are forecast" if role == "base" else ""
+        print(
+            f"note: models.{role}: {model.path} is not here yet{lost}; `insightv prefetch` "
+            f"fetches {model.hub}"
+        )
     sys.stdout.flush()  # before what Slurm may refuse
     try:
         print(admit(planned, profile, facts=facts) if there else _UNHELD)
@@ -82,21 +92,37 @@ def plan(
             print(f"==> {item.name} <==", item.text, sep="\n")
 
 
-def _idle(chain: Chain, planned: Sequence[Planned]) -> Iterator[str]:
-    """Names the jobs that ask for more GPUs than their one process computes on."""
+def _idle(chain: Chain, config: ChainConfig, planned: Sequence[Planned]) -> Iterator[str]:
+    """Names the jobs that ask for more GPUs than their one process computes on.
+
+    Not workers with servers, which compute on as many as they are told.
+    """
+    engines = [config.engine, *(model.engine for model in vars(config.models).values())]
+    served = any(engine is not None and engine.kind == "server" for engine in engines)
     wide: dict[int, list[str]] = {}
     for item in planned:
         stage = chain.stages.get(item.job.stage)
         if stage is None or stage.distributed or item.job.role != "work":
             continue
+        if served and stage.kind == "map":
+            continue
         if item.resources.gpus > 1:
             wide.setdefault(item.resources.gpus, []).append(stage.name)
     for gpus, names in wide.items():
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         yield (
-            f"note: {shown}: {gpus} GPUs for each process, which computes on one; "
-            "write `gpus: 1` in the profile"
+            f"note: {_first(names)}: {gpus} GPUs for each process, which computes on one; write "
+            f"`stages: {{{names[0]}: {{gpus: 1}}}}` in the profile, or `gpus: 1` for all of a kind"
         )
+
+
+def _together(told: Mapping[str, str]) -> Iterator[str]:
+    """What stages tell of what they get, once where they tell the same."""
+    for said in dict.fromkeys(told.values()):
+        yield f"{_first([name for name in told if told[name] == said])}: {said}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
@@ -119,10 +145,13 @@ def _write(
     chain: Chain, profile: Profile, folder: Path, run: Path, given: Sequence[str], cluster: Path
 ) -> None:
     """Writes the scripts; they name no folder of this machine but those given here."""
+    from hpc.admission import fits
+    from hpc.disk import make_folder
     from hpc.executors.batch import write_host
     from hpc.planning import chain_script, plan_of
     from hpc.submission import pinned
 
+    fits(chain, profile)
     profile = pinned(chain, profile, other_image=True)
     # Whoever submits by hand has the command on the path, which jobs inherit.
     chain.command = ["insightv"]
@@ -131,7 +160,7 @@ def _write(
         print(f"{chain.run.path}: complete, nothing to write")
         return
     plan = f"insightv plan {shlex.join(given)} --cluster {shlex.quote(str(cluster))}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     host = write_host(folder)
     for other in folder.glob("host-*"):
         if other != host:  # an earlier version's
@@ -151,27 +180,61 @@ def _write(
     print(f"{folder}: {len(planned)} scripts and chain.sh, which submits them")
 
 
-def _show(planned: list[Planned], profile: Profile) -> None:
+def _jobs(chain: Chain, planned: Sequence[Planned]) -> Table:
+    """A row for each stage's work; what its gate asks for stands below."""
     from rich.table import Table
 
+    first, *_, gate = planned
     table = Table(title="jobs", title_justify="left")
-    for heading in ("job", "after", "processes", "nodes", "GPUs", "cores", "minutes"):
-        table.add_column(heading)
-    total = 0.0
+    table.add_column("stage")
+    table.add_column("waits for", ratio=1)
+    for heading in ("processes", "nodes", "GPUs", "cores", "minutes"):
+        table.add_column(heading, justify="right")
+    behind: dict[str, set[str]] = {}
     for item in planned:
-        asked, job = item.resources, item.job
-        wide = job.count if job.array else job.nodes
-        total += wide * asked.gpus * asked.minutes / 60
+        job, asked = item.job, item.resources
+        if job.role == "gate":
+            continue
+        waits = _waits(chain, job.stage, behind) if job.role == "work" else []
         processes = job.count if job.array else job.nodes * job.tasks
         table.add_row(
-            item.name,
-            ", ".join(item.after),
+            job.stage,
+            ", ".join(waits) or ("" if item is first else first.job.stage),
             str(processes),
-            str(wide),
-            str(wide * asked.gpus or ""),
+            str(_nodes(item)),
+            str(_nodes(item) * asked.gpus or ""),
             str(processes * asked.cores),
             str(asked.minutes),
         )
-    console().print(table)
-    budget = f", of a budget of {profile.budget.gpu_hours:g}" if profile.budget.gpu_hours else ""
-    print(f"{len(planned)} jobs; at most {total:.1f} GPU-hours in one attempt of each{budget}")
+    asked = gate.resources
+    table.caption = (
+        f"behind each stage a gate of {asked.cores} core and {asked.minutes} minutes, for which "
+        f"others wait; job names: {first.name}, …, {gate.name}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _waits(chain: Chain, stage: str, behind: dict[str, set[str]]) -> list[str]:
+    """The stages a stage waits for, without those that these wait for themselves.
+
+    Args:
+        chain: The chain.
+        stage: One that is planned.
+        behind: For each stage planned before, all that it waits for; the stage is added.
+    """
+    parents = [parent for parent in chain.stages[stage].parents if parent in behind]
+    implied = set[str]().union(*(behind[parent] for parent in parents))
+    behind[stage] = implied.union(parents)
+    return [parent for parent in parents if parent not in implied]
+
+
+def _nodes(item: Planned) -> int:
+    return item.job.count if item.job.array else item.job.nodes
+
+
+def _cost(planned: Sequence[Planned], profile: Profile) -> str:
+    total = sum(_nodes(item) * item.resources.gpus * item.resources.minutes for item in planned)
+    limit = profile.budget.gpu_hours
+    budget = f", of a budget of {limit:g}" if limit else ""
+    return f"{len(planned)} jobs; at most {total / 60:.1f} GPU-hours in one attempt of each{budget}"

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.errors import UserError
+from hpc.disk import expanded
+from hpc.errors import UserError, one_line
 from insightv.cli.runs import ChainArgument, Overrides
 
 if TYPE_CHECKING:
-    from insightv.config import ChainConfig, QuestionsSection
+    from insightv.config import ChainConfig, ModelConfig, QuestionsSection
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -39,7 +40,7 @@ def prefetch(
             continue
         path = model.path
         if path not in folders:
-            folders[path] = _model(role, path, to)
+            folders[path] = _model(role, model, to)
         if _is_hub(path):
             model.path = str(folders[path])
             named.append(f"models.{role}.path={folders[path]}")
@@ -56,31 +57,41 @@ def _is_hub(path: str) -> bool:
     return bool(_HUB.fullmatch(path)) and not Path(path).exists()
 
 
-def _model(role: str, path: str, to: Path) -> Path:
+def _model(role: str, model: ModelConfig, to: Path) -> Path:
     """A model's folder; one on the hub is brought there first, what is there already is kept.
 
     Raises:
         UserError: It is neither a folder nor to be had.
     """
-    from insightv.folders import model_folder
+    from insightv.folders import fingerprint, model_folder
 
-    if not _is_hub(path):
-        return model_folder(path).expanduser().absolute()
+    path, hub = model.path, model.hub
+    folder = expanded(model_folder(path)).absolute()
+    if hub:
+        try:
+            fingerprint(folder)
+            return folder
+        except UserError:  # not there, or a part of it
+            pass
+    elif _is_hub(path):
+        hub, folder = path, (to / path.replace("/", "--")).absolute()
+    else:
+        return folder
     from huggingface_hub import constants, snapshot_download
 
-    folder = (to / path.replace("/", "--")).absolute()
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"models.{role}.path: {path} is no folder here, and HF_HUB_OFFLINE is set; "
             "unset it, on a node with internet"
         )
+    revision = model.revision or None
     try:
-        snapshot_download(path, local_dir=folder, allow_patterns=_WANTED)
+        snapshot_download(hub, revision=revision, local_dir=folder, allow_patterns=_WANTED)
     except Exception as error:  # the hub's client raises whatever its transport does
-        said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"models.{role}.path: {path} is no folder here, and the hub does not give it "
-            f"({type(error).__name__}: {said}); mend the name, or try a node with internet"
+            f"models.{role}.path: {path} is no folder here, and the hub does not give {hub} "
+            f"({type(error).__name__}: {one_line(error)}); mend the name, or try a node with "
+            "internet"
         ) from None
     return folder
 

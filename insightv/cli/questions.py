@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hpc.errors import UserError, printable
 from insightv.cli.runs import Overrides
 
 SHOWN = 3
@@ -20,12 +21,12 @@ def questions(
     overrides: Overrides = None,
     folder: Annotated[Path, typer.Option(help="Where the folders of sets lie.")] = Path(),
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    most: Annotated[int, typer.Option(help="Questions to draw; 0: all.")] = 200,
+    most: Annotated[int, typer.Option(min=0, help="Questions to draw; 0: all.")] = 200,
     network: Annotated[bool, typer.Option("--network", help="Read from the hub.")] = False,
 ) -> None:
     """Read some questions of a set: how many of what kind, what is left out and why."""
-    from hpc.errors import UserError
     from insightv.questions import Asked, Place, count_questions, load_set, read_questions
+    from insightv.questions.media import Nowhere
 
     chosen, place = load_set(mapping, overrides or ()), Place(folder, network)
     if split not in chosen.splits:
@@ -33,7 +34,7 @@ def questions(
     kinds: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     pictures: Counter[int] = Counter()
-    for found in read_questions(chosen, split, place, _Nowhere(), most):
+    for found in read_questions(chosen, split, place, Nowhere(), most):
         if not isinstance(found, Asked):
             dropped[f"{'broken' if found.broken else 'left out'}: {found.reason}"] += 1
             continue
@@ -51,21 +52,13 @@ def questions(
         print(f"{number:,} {_plain(reason)}")
 
 
-class _Nowhere:
-    """Takes pictures and keeps none."""
-
-    def add(self, data: bytes) -> str:
-        return "picture"
-
-
 def _told(counts: dict[str, int] | Counter[str]) -> str:
     return ", ".join(f"{name} {number:,}" for name, number in counts.items()) or "none"
 
 
 def _plain(text: str) -> str:
-    """On one line, and without what a terminal would obey."""
-    text = " ⏎ ".join(text.splitlines())
-    return "".join(sign if sign.isprintable() else "�" for sign in text)[:300]
+    """On one line, cut."""
+    return printable(" ⏎ ".join(text.splitlines()))[:300]
 
 
 def add_to(app: typer.Typer) -> None:

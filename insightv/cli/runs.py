@@ -124,6 +124,8 @@ def make(
 ) -> None:
     """Runs what is missing, here."""
     from hpc import gates
+    from hpc.admission import fits
+    from hpc.cluster import Profile
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
     from hpc.progress import Bars
@@ -135,6 +137,7 @@ def make(
         print(f"{chain.run.path}: complete, nothing to do")
     else:
         need_packages(chain, config)
+        fits(chain, Profile())  # here every training is one process
         chain.run.create()
         refuse_queued(chain)
         save(chain, config, remake)

@@ -24,14 +24,15 @@ def serve(
         Path | None, typer.Option(help="The key to ask for; by default RUN/serve.key, made here.")
     ] = None,
 ) -> None:
-    """Serve the agents over the OpenAI protocol: direct, single-agent, multi-agent.
+    """Serve the agents over the OpenAI protocol.
 
-    The reasoning is streamed step by step, then the answer.
+    A model name for each way of answering. The reasoning of multi-agent is streamed step by
+    step, then the answer.
     """
     try:
         import uvicorn
 
-        from insightv.serving import Agents, LentPictures, application
+        from insightv.serving import MODELS, Agents, LentPictures, application
     except ImportError as error:
         raise UserError(
             f"insightv serve needs {error.name}: pip install 'insightv-hpc[serve]'"
@@ -46,10 +47,9 @@ def serve(
     reasoning, summary = agents_of(run)
     base = config.models.base
     folders = {"base": model_folder(base.path), "reasoning": reasoning, "summary": summary}
-    offered = ["direct", "multi-agent"]
+    offered = [name for name in MODELS if name != "single-agent"]
     if (run.models / "direct").is_dir():
-        folders["single"] = run.models / "direct"
-        offered.insert(1, "single-agent")
+        folders["single"], offered = run.models / "direct", [*MODELS]
     pictures = LentPictures()
 
     def load(role: str) -> Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from hpc.errors import printable
 from insightv.agents import reasoning_messages, summary_messages
 from insightv.engines.base import Engine, Request
 from insightv.evaluation.answering import EntryConfig
@@ -20,7 +20,6 @@ from insightv.steps import parse_steps, render_steps
 
 MOST_STEPS = 32
 _MOST_LINES = 16
-_BIDIRECTIONAL = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
@@ -137,14 +136,14 @@ async def ask_and_print(
         seed: Seed of all calls.
     """
     console = console or Console(highlight=False)
-    console.print(Text(_printable(question.text), style="bold"))
+    console.print(Text(printable(question.text), style="bold"))
     number = 0
     async for heard in ask(reasoning, summary, prompts, question, config, seed):
-        said = _printable(heard.text)
+        said = printable(heard.text)
         if heard.step is not None:
             number += 1
             line = Text.assemble(
-                (f"{number:>2}  ", "dim"), (_printable(heard.step.title), "italic"), "  ", said
+                (f"{number:>2}  ", "dim"), (printable(heard.step.title), "italic"), "  ", said
             )
         elif heard.kind == "noise":
             line = Text.assemble((" ?  ", "dim"), (said, "dim"), ("  (not a step)", "yellow"))
@@ -154,13 +153,3 @@ async def ask_and_print(
         else:
             line = Text.assemble(("Without the reasoning  ", "dim"), said or "none")
         console.print(Padding(line, (0, 0, 0, 2)))
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer a terminal: control and bidirectional marks are shown as U+FFFD."""
-    return "".join(
-        "\ufffd"
-        if char in _BIDIRECTIONAL or char not in "\n\t" and unicodedata.category(char) in "Cc Cs"
-        else char
-        for char in text
-    )

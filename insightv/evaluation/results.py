@@ -23,6 +23,7 @@ from rich.table import Table
 from hpc import shards
 from hpc.rundir import RunDir, write_json
 from insightv.evaluation import stopping
+from insightv.evaluation.benchmark_scores import read_scores
 from insightv.evaluation.funnel import complete, funnel, known, shard_folder, stage_names
 from insightv.evaluation.statistics import Estimate, accuracy, paired_difference
 from insightv.records import Question
@@ -149,6 +150,7 @@ def collect(run: Path, seed: int = 0) -> Results:
         "score_agreement": {row["round"]: row["agreement"] for row in counts["rounds"]},
         "training": training(run),
         "early_stop": stopping.summary(run),
+        "lmms": read_scores(run),
     }
 
 

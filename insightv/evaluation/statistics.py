@@ -48,7 +48,7 @@ NOTHING = Estimate(float("nan"), float("nan"), float("nan"), 0, 0)
 
 
 def accuracy(
-    right: Sequence[bool], groups: Sequence[str], seed: int = 0, draws: int = DRAWS
+    right: Sequence[float], groups: Sequence[str], seed: int = 0, draws: int = DRAWS
 ) -> Estimate:
     """Share of right answers with its 95 % interval.
 
@@ -56,7 +56,7 @@ def accuracy(
     the exact binomial bound with groups as trials, ``1 - 0.025 ** (1 / groups)``.
 
     Args:
-        right: Whether each question was answered rightly.
+        right: Whether each question was answered rightly, or what part of it was.
         groups: The group of each question.
         seed: Seed of the resamples.
         draws: Number of resamples.
@@ -75,8 +75,8 @@ def accuracy(
 
 
 def paired_difference(
-    first: Sequence[bool],
-    second: Sequence[bool],
+    first: Sequence[float],
+    second: Sequence[float],
     groups: Sequence[str],
     seed: int = 0,
     draws: int = DRAWS,

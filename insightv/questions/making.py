@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hpc.config import shaping
 from hpc.errors import UserError
 from insightv.questions.duplicates import Fingerprint, HeldOut
-from insightv.questions.media import PictureSink
+from insightv.questions.media import Nowhere, PictureSink
 from insightv.questions.reading import Asked, Dropped, read_questions
 from insightv.records import Question
 
@@ -88,7 +88,7 @@ def held_out(asked: QuestionsSection, split: str, counts: Counter[str]) -> HeldO
     wanted = [(mapping, later) for mapping in asked.mappings for later in _LATER[split]]
     wanted += [(mapping, each) for mapping in asked.held_out_mappings for each in mapping.splits]
     for mapping, later in wanted:
-        for found in read_questions(mapping, later, asked.place, _Nowhere()):
+        for found in read_questions(mapping, later, asked.place, Nowhere()):
             if isinstance(found, Asked):
                 held.add(found.question.key, found.text, found.pictures)
     counts["held out: questions looked for"] += len(held)
@@ -136,13 +136,6 @@ class _Unheld:
                 return Dropped("", "duplicate: evaluation shows its picture", f"as {other}")
             self.counts["kept, though evaluation shows the picture"] += 1
         return None
-
-
-class _Nowhere:
-    """Names pictures as a `PictureWriter` does, and keeps none."""
-
-    def add(self, data: bytes) -> str:
-        return ""
 
 
 def _row(found: Dropped) -> dict[str, Any]:

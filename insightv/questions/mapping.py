@@ -191,6 +191,8 @@ class SetConfig:
             raise UserError(f"{where}: names no column of pictures; give one, or text_only: true")
         if min(self.most_pictures, self.longest_side, self.shortest_side) < 1:
             raise UserError(f"{where}: most_pictures and sides of pictures are 1 or more")
+        if self.turns.most < 0:
+            raise UserError(f"{where}: turns.most is {self.turns.most}; give 0 (all) or more")
         self._validate_turns(where)
 
     def _validate_turns(self, where: str) -> None:

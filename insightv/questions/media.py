@@ -27,6 +27,14 @@ class PictureSink(Protocol):
         ...
 
 
+class Nowhere:
+    """A sink that keeps nothing, for whoever wants the questions alone."""
+
+    def add(self, data: bytes) -> str:
+        """Forgets a picture."""
+        return ""
+
+
 @dataclass(frozen=True)
 class Sides:
     """What a picture may measure, in pixels: see `SetConfig`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import shlex
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.errors import RecordError, UserError
+from hpc.disk import expanded
+from hpc.errors import RecordError, UserError, one_line
 from hpc.stages import Row
+from insightv.folders import add_samples
 from insightv.questions.mapping import SetConfig
 
 MOST_BYTES = 256 * 2**20
@@ -26,7 +29,6 @@ BATCH = 16
 """Rows of Parquet held at once; a row may hold several megabytes of pictures."""
 BUFFER = 1 << 20
 """Bytes of a Parquet column read at once."""
-_BLOCK, _BLOCKS = 1 << 16, 8
 INSTALL = 'pip install "insightv-hpc[data]"'
 
 
@@ -44,7 +46,7 @@ class Place:
 
     def of(self, mapping: SetConfig) -> Path:
         """A set's folder."""
-        return self.folder.expanduser() / Path(mapping.path).expanduser()
+        return expanded(self.folder) / expanded(mapping.path)
 
 
 def rows(mapping: SetConfig, split: str, place: Place) -> Iterator[Row | RecordError]:
@@ -69,11 +71,17 @@ def files(mapping: SetConfig, split: str, place: Place) -> list[Path]:
     """
     folder = place.of(mapping)
     patterns = mapping.splits[split].files
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    try:
+        found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    except ValueError as error:  # an empty one, or ** beside other signs
+        told = f"splits.{split}.files: {one_line(error)}"
+        raise UserError(f"{mapping.name}: {told}; write it as data/train-*.parquet") from None
     if not found and not (place.network and mapping.hub and mapping.splits[split].split):
         wanted = f"{folder}/{patterns[0]}" if patterns else f"files for {split}"
-        fetch = f"`hf download --repo-type dataset {mapping.hub} --local-dir {folder}`"
-        advice = f"fetch it with {fetch}, or set questions.network=true" if mapping.hub else ""
+        there = shlex.quote(str(folder))
+        fetch = f"`hf download --repo-type dataset {mapping.hub} --local-dir {there}`"
+        read = "questions.network=true, or --network, reads it from the hub"
+        advice = f"fetch it with {fetch}; {read}" if mapping.hub else ""
         raise UserError(f"{mapping.name}: there is no {wanted}; {advice or 'mend path or files'}")
     return sorted(found)
 
@@ -83,13 +91,13 @@ def count(mapping: SetConfig, split: str, place: Place) -> int | None:
     found = files(mapping, split, place)
     if not found:
         return None
-    if mapping.format == "parquet":
-        return sum(_open_parquet(path).metadata.num_rows for path in found)
-    if mapping.format == "jsonl":
-        return sum(1 for path in found for _ in _raw_lines(path))
-    if mapping.format == "json":
-        return sum(1 for _ in _array(mapping, found))
     with _damage(found):
+        if mapping.format == "parquet":
+            return sum(_open_parquet(path).metadata.num_rows for path in found)
+        if mapping.format == "jsonl":
+            return sum(1 for path in found for _ in _raw_lines(path))
+        if mapping.format == "json":
+            return sum(1 for _ in _array(mapping, found))
         return sum(1 for path in found for _ in _members(path, read=False))
 
 
@@ -100,12 +108,7 @@ def fingerprint(mapping: SetConfig, split: str, place: Place) -> str:
     """
     summed = hashlib.sha256(mapping.revision.encode())
     for path in files(mapping, split, place):
-        size = path.stat().st_size
-        summed.update(f"\0{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(start)
-                summed.update(file.read(_BLOCK))
+        add_samples(summed, path, 8)
     return summed.hexdigest()[:16]
 
 
@@ -170,8 +173,7 @@ def _damage(found: list[Path]) -> Iterator[None]:
         yield
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         named = found[0] if len(found) == 1 else f"a file of {found[0].parent}"
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{named} is damaged ({said}); fetch it again") from None
+        raise UserError(f"{named} is damaged ({one_line(error)}); fetch it again") from None
 
 
 # ---- Parquet
@@ -199,8 +201,7 @@ def _open_parquet(path: Path) -> Any:
         # Read as it is asked for; a page, with pictures a row group, is in memory whole.
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
     except (pyarrow.ArrowException, OSError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({said}); fetch it again") from None
+        raise UserError(f"{path} is damaged ({one_line(error)}); fetch it again") from None
 
 
 # ---- JSON
@@ -232,7 +233,7 @@ def _parsed(text: bytes, where: str) -> Row | RecordError:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return RecordError(f"row: {where} is no JSON ({' '.join(str(error).split())[:100]})")
+        return RecordError(f"row: {where} is no JSON ({one_line(error)})")
     if not isinstance(row, dict):
         return RecordError(f"row: {where} is no JSON object")
     return row
@@ -321,19 +322,17 @@ def _of_hub(mapping: SetConfig, split: str) -> Iterator[Row | RecordError]:
             mapping.hub,
             mapping.subset or None,
             split=source,
-            revision=mapping.revision or None,
+            revision=mapping.revision,
             streaming=True,
         )
-        encoded = iter(stream.decode(False))
-        first = next(encoded, None)
-    except Exception as error:  # the library raises whatever its transport does
-        said = " ".join(str(error).split())[:200]
+        for number, row in enumerate(stream.decode(False)):
+            if not number:
+                _demand(mapping, _named(mapping, row), row, Path(mapping.hub))
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # the library raises whatever its transport does, at any row
         raise UserError(
             f"{mapping.name}: the hub does not give {mapping.hub}, split {source} "
-            f"({type(error).__name__}: {said}); mend the mapping, or fetch the files"
+            f"({type(error).__name__}: {one_line(error)}); mend the mapping, or fetch the files"
         ) from None
-    if first is None:
-        return
-    _demand(mapping, _named(mapping, first), first, Path(mapping.hub))
-    yield first
-    yield from encoded

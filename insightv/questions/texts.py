@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from hpc.errors import RecordError
@@ -81,3 +82,25 @@ def placed(text: str, pictures: int) -> str:
         return f"(picture {match[1]})" if match[1] and pictures > 1 else ""
 
     return re.sub(r"[ \t]{2,}", " ", _PLACEHOLDER.sub(said, text)).strip()
+
+
+def said_with_pictures(parts: Sequence[str | None], before: int = 0) -> str:
+    """The text of parts, None standing for a picture.
+
+    Pictures stand before the text here. Where there are several, one that stood within the
+    text is named there.
+
+    Args:
+        parts: Texts and pictures in their order.
+        before: Pictures of earlier parts.
+    """
+    shown, lines = before, []
+    many = before + sum(part is None for part in parts) > 1
+    for part in parts:
+        if part is not None:
+            lines.append(part)
+            continue
+        shown += 1
+        if many and any(lines):
+            lines.append(f"(picture {shown})")
+    return "\n".join(lines)

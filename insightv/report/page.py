@@ -25,7 +25,9 @@ from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json
 from hpc.status import used
+from insightv.evaluation.benchmark_scores import read_scores
 from insightv.evaluation.funnel import complete, rank_of_round, shard_folder, stage_names
+from insightv.evaluation.paper import tables as paper_tables
 from insightv.evaluation.results import (
     QUESTIONS,
     Results,
@@ -68,7 +70,7 @@ def write_report(run: Path) -> Path:
 def current_results(run: Path) -> Results:
     """``results.json`` where it was made from the stages as they are; else collected afresh."""
     written = read_json(RunDir(run).results)
-    if isinstance(written, dict) and written.get("made_from") == made_from(run):
+    if written and written.get("made_from") == made_from(run):
         return written
     return collect(run)
 
@@ -103,6 +105,7 @@ def render(run: Path, results: Results) -> str:
         differences=drawings.differences(results),
         confusion=confusion(results),
         card=drawings.card(results),
+        benchmarks=paper_tables(found) if (found := read_scores(run)) else [],
         examples=examples(run, main),
         funnel=drawings.funnel(results),
         distributions=drawings.distributions(results),

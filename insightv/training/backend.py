@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hpc.errors import UserError
+from insightv.training.checkpoint import Write
 from insightv.training.config import TrainConfig
 from insightv.training.objectives import Objective, Replies, Totals
 from insightv.training.packing import Batch, Packer
@@ -85,12 +86,17 @@ class Backend(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes everything a later `resume` needs into an existing folder."""
+    def snapshot(self) -> Write:
+        """Copies everything a later `resume` needs into the node's memory.
+
+        Returns:
+            Writes it into an existing folder; asks nothing of other ranks, so that a thread may
+            do it while training goes on.
+        """
         ...
 
     def resume(self, folder: Path) -> None:
-        """Goes back to exactly the state that `save` wrote."""
+        """Goes back to exactly the state that was written."""
         ...
 
     def export(self, folder: Path) -> None:
@@ -119,7 +125,7 @@ def load_backend(folder: Path, config: TrainConfig, ranks: Ranks) -> Backend:
 
         return MegatronBackend(folder, config, ranks)
     if config.backend == "deepspeed":
-        from insightv.training.deepspeed_backend import DeepSpeedBackend
+        from insightv.training.deepspeed.backend import DeepSpeedBackend
 
         return DeepSpeedBackend(folder, config, ranks)
     raise UserError(f"no backend {config.backend!r}")

@@ -70,7 +70,7 @@ class Cost:
                 token += work
             else:
                 # Qwen's projector sees four patches at once.
-                patch += work / merged if ".merger." in name else work
+                patch += work / merged if "merger" in name else work
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         side = vision.patch_size
         full = getattr(vision, "fullatt_block_indexes", None)

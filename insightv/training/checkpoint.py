@@ -4,6 +4,10 @@
 the SHA-256 of every other file. It is written under another name, synced, and renamed; one
 whose digests differ is passed over for the one before it. All ranks write and check together,
 and the first one renames.
+
+What is saved is copied first; a thread of each rank writes the copy while training goes on. The
+threads agree over connections of their own, and whoever needs what they do waits for them: the
+next save, the end, a wish to stop.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,12 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
-from hpc.disk import disk_errors, sync_folder
+from hpc.disk import disk_errors, share, sync_folder
 from hpc.errors import UserError
 from insightv.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+Write = Callable[[Path], None]
+"""Writes a rank's part of a checkpoint into a folder; meanwhile the state it is of may change."""
 
 
 @dataclass
@@ -71,40 +80,70 @@ class Checkpoints:
             ranks: Those of the training; all of them make each call.
         """
         self.directory, self.keep, self.ranks = directory, keep, ranks or Ranks()
+        self._aside = self.ranks.aside()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
-    def save(self, position: Position, write: Callable[[Path], None]) -> None:
-        """Writes a checkpoint and removes those beyond the newest ``keep``.
+    def save(self, position: Position, snapshot: Callable[[], Write]) -> None:
+        """Begins a checkpoint, once the one before is written.
+
+        Those beyond the newest ``keep`` are removed when it is whole.
 
         Args:
             position: Where the trainer stands.
-            write: Puts the backend's files into the folder it is given.
+            snapshot: Copies the backend's state, and returns what writes the copy.
 
         Raises:
-            UserError: The disk is full, or may not be written to.
+            UserError: The one before could not be written.
         """
+        self.wait()
         name = f"{position.step:07d}"
         part, final = self.directory / f"part-{name}", self.directory / f"step-{name}"
         # The same step of the same training is the same state.
         if self.ranks.first(final.exists):
             return
-        self.ranks.first(lambda: self._begin(part))
-        self.ranks.every(lambda: self._written(part, write))
+        made: list[Write] = []
+        self.ranks.every(lambda: made.append(snapshot()))
+        self._pending = self._thread.submit(self._write, part, final, made[0], asdict(position))
+
+    def failed(self) -> bool:
+        """Whether what is being written has failed; then `wait` says why, on all ranks."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            UserError: The disk is full, or may not be written to.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the thread; what it could not write is nobody's concern any more."""
+        self._thread.shutdown()
+
+    def _write(self, part: Path, final: Path, write: Write, position: dict[str, Any]) -> None:
+        self._aside.first(lambda: self._begin(part))
+        self._aside.every(lambda: self._written(part, write))
         files = self._digests(part)
-        self.ranks.first(lambda: self._complete(part, final, files, position))
+        self._aside.first(lambda: self._complete(part, final, files, position))
 
     def _begin(self, part: Path) -> None:
         with writing(self.directory):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
 
-    def _written(self, part: Path, write: Callable[[Path], None]) -> None:
+    def _written(self, part: Path, write: Write) -> None:
         with writing(self.directory):
             write(part)
 
     def _digests(self, folder: Path) -> dict[str, str]:
         """SHA-256 of each file, which each rank syncs and reads its share of."""
         # A network file system may yet hide from one node what another has written.
-        seen = self.ranks.every(lambda: [path.name for path in folder.iterdir()])
+        seen = self._aside.every(lambda: [path.name for path in folder.iterdir()])
         names = sorted({name for some in seen for name in some})
 
         def own() -> dict[str, str]:
@@ -115,14 +154,17 @@ class Checkpoints:
                     found[name] = hashlib.file_digest(file, "sha256").hexdigest()
             return found
 
-        return {name: digest for part in self.ranks.every(own) for name, digest in part.items()}
+        return {name: digest for part in self._aside.every(own) for name, digest in part.items()}
 
-    def _complete(self, part: Path, final: Path, files: dict[str, str], position: Position) -> None:
+    def _complete(
+        self, part: Path, final: Path, files: dict[str, str], position: dict[str, Any]
+    ) -> None:
         with writing(self.directory):
             with (part / "state.json").open("w") as file:
-                file.write(json.dumps({"files": files, "position": asdict(position)}))
+                file.write(json.dumps({"files": files, "position": position}))
                 file.flush()
                 os.fsync(file.fileno())
+            share(part)
             sync_folder(part)
             part.replace(final)
             sync_folder(self.directory)
@@ -168,6 +210,13 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"))
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in this node's memory, which what happens to the originals does not reach."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
 
 
 def opened(folder: Path) -> Position:

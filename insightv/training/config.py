@@ -132,6 +132,14 @@ class TrainConfig:
         if self.deepspeed.zero_stage not in (1, 2, 3):
             stage = self.deepspeed.zero_stage
             raise UserError(f"{section}deepspeed.zero_stage is {stage}: choose one of 1, 2, 3")
+        for name, kind in (("megatron", Layout), ("deepspeed", DeepSpeedConfig)):
+            given, default = vars(getattr(self, name)), vars(kind())
+            changed = [key for key in default if given[key] != default[key]]
+            if changed and self.backend != name:
+                raise UserError(
+                    f"{section}{name}.{changed[0]} is given, and {section}backend is "
+                    f"{self.backend}: give backend={name}, or leave that key out"
+                )
         for name in (
             *("epochs", "batch_size", "max_length", "tokens_per_micro_batch", "keep"),
             "spike_window",

@@ -17,7 +17,7 @@ from torch import Tensor
 from hpc.errors import UserError
 from insightv import models
 from insightv.training.checkpoint import Position, opened, writing
-from insightv.training.deepspeed_backend import Saved
+from insightv.training.deepspeed.checkpoint import Saved
 
 _WEIGHT = "weight."
 

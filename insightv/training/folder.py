@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpc.disk import share
+
 FILE_BYTES = 4 * 2**30
 """A written file holds at most about so much, and so does a writing rank's memory."""
 INDEX = "model.safetensors.index.json"
@@ -71,6 +73,7 @@ def finish(source: Path, target: Path, dtype: str) -> None:
     parts = sorted(target.glob("stage-*.safetensors"))
     if len(parts) == 1:
         parts[0].rename(target / "model.safetensors")
+        share(target)
         return
     placed: dict[str, str] = {}
     size = 0
@@ -82,3 +85,4 @@ def finish(source: Path, target: Path, dtype: str) -> None:
             placed |= dict.fromkeys(opened.keys(), file.name)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    share(target)

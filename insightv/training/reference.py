@@ -16,7 +16,7 @@ from insightv.training.batches import Encoder, Example, TooLong
 from insightv.training.config import ReferenceConfig
 from insightv.training.objectives import segment_sums
 from insightv.training.packing import Packer
-from insightv.training.torch_backend import LogProbs
+from insightv.training.policy import LogProbs
 
 
 class Reference:

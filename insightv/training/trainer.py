@@ -189,6 +189,11 @@ class _Training:
         if (counts := self.ranks.first(lambda: self._done(identity))) is not None:
             return counts
         steps = math.ceil(len(rows) * config.epochs / config.batch_size)
+        if config.batch_size > len(rows) * config.epochs and self.ranks.lead:
+            logger.warning(
+                "batch_size %d is more than %d rows in %d epochs: there is one step, of them all",
+                *(config.batch_size, len(rows), config.epochs),
+            )
         if config.max_steps:
             steps = min(steps, config.max_steps)
         position = self.checkpoints.resume(identity, self.backend.resume) or Position(identity)
@@ -198,6 +203,7 @@ class _Training:
             *(self.ranks.aside(), self.backend.copies, self.backend.copy),
         )
         with ExitStack() as stack:
+            stack.callback(self.checkpoints.close)
             log = stack.enter_context(self.metrics.open("a")) if self.ranks.lead else None
             events = None
             if config.tensorboard and self.ranks.lead:
@@ -208,8 +214,9 @@ class _Training:
             ahead = loader.submit(load, position.step)
             saved = time.monotonic()
             while position.step < steps:
-                if self.ranks.any(self.context.stopping()):
-                    self.checkpoints.save(position, self.backend.save)
+                if self._leaving():
+                    self.checkpoints.save(position, self.backend.snapshot)
+                    self.checkpoints.wait()
                     return None
                 step = ahead.result()
                 if position.step + 1 < steps:
@@ -221,9 +228,21 @@ class _Training:
                 self.context.progress(position.step, steps, **numbers)
                 due = position.step < steps and self._save_due(position.step, saved)
                 if self.ranks.any(due):
-                    self.checkpoints.save(position, self.backend.save)
+                    self.checkpoints.save(position, self.backend.snapshot)
                     saved = time.monotonic()
+            self.checkpoints.wait()
         return self._finish(position, len(rows))
+
+    def _leaving(self) -> bool:
+        """Whether a rank was asked to leave.
+
+        Raises:
+            UserError: A checkpoint could not be written, on some rank.
+        """
+        told = self.ranks.every(lambda: [self.context.stopping(), self.checkpoints.failed()])
+        if any(failed for _, failed in told):
+            self.checkpoints.wait()
+        return any(stopping for stopping, _ in told)
 
     def _tell(self, line: dict[str, Any], log: IO[str] | None, events: Events | None) -> None:
         assert log is not None

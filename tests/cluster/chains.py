@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from testbed import Testbed
+from testbed import Site, Testbed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hpc"))
 import counting  # noqa: E402
@@ -45,14 +45,14 @@ class Run:
     """A run of the chain on a cluster, driven from outside as its user would."""
 
     def __init__(
-        self, cluster: Testbed, asked: Profile | None = None, folder: Path | None = None
+        self, cluster: Testbed | Site, asked: Profile | None = None, folder: Path | None = None
     ) -> None:
         self.cluster = cluster
         self.folder = folder or cluster.folder("run")
         self.path = self.folder / "run"
         self.dir = RunDir(self.path)
         self.profile = self.folder / "profile.yaml"
-        self.write(asked or profile())
+        self.write(asked or profile(partition=cluster.partition))
 
     def write(self, asked: Profile) -> None:
         self.profile.write_text(dump(asked))

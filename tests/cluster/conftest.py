@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from testbed import Settings, Testbed, obstacle
+from testbed import Settings, Site, Testbed, answers, obstacle
 
 
 def pytest_collection_modifyitems(items):
     """A test here may wait for Slurm; the fixture's own start may install packages."""
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
+        if {"cluster", "slurm"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
 
 
@@ -36,3 +36,12 @@ def cluster(testbed: Testbed) -> Iterator[Testbed]:
     """The cluster as a test wants it: no job, no fault, every node idle."""
     yield testbed
     testbed.reset()
+
+
+@pytest.fixture
+def slurm(request: pytest.FixtureRequest) -> Testbed | Site:
+    """For tests that break nothing: the test cluster, else the Slurm that is there."""
+    if obstacle() and answers():
+        return Site()
+    cluster: Testbed = request.getfixturevalue("cluster")
+    return cluster

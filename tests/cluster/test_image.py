@@ -6,19 +6,23 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from chains import Run, counting, profile, wait_for
+from chains import PATIENCE, Run, counting, profile, wait_for
 from testbed import Testbed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "containers"))
 import making  # noqa: E402
 
-from hpc.cluster import Resources  # noqa: E402
+from hpc.cluster import Resources, read_profile  # noqa: E402
 from hpc.container import Container  # noqa: E402
-from hpc.rundir import read_json  # noqa: E402
+from hpc.rundir import STOPPED, read_json  # noqa: E402
 
 SLOW = ("pause=0.4", "only=double", "small=true")
+HOUR = 3600.0
+LOCK = "opt/insightv/lock"
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +114,50 @@ def test_an_image_that_changes_ends_the_chain(cluster: Testbed, image: Path) -> 
     assert not run.queue()
 
 
-@pytest.mark.full
-@pytest.mark.timeout(14400)
-def test_the_quickstart_inside_the_cpu_image(cluster: Testbed, base: Path) -> None:
-    folder = cluster.folder("quickstart")
+class Whole(Run):
+    """The method's chain, whose payloads are the image's own package."""
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.seen: set[tuple[str, bool]] = set()
+
+    def command(self, verb: str, *words: str | Path) -> list[str | Path]:
+        return [sys.executable, "-m", "insightv", verb, self.path, *words]
+
+    def start(self, chain: str) -> None:
+        words = ["--cluster", self.profile, "--run-dir", self.path]
+        file = making.ROOT / "configs" / "chain" / f"{chain}.yaml"
+        self.cluster.run(
+            *(sys.executable, "-m", "insightv", "submit", file, *words),
+            cwd=self.folder,
+            timeout=PATIENCE,
+        )
+
+    def look(self) -> None:
+        """Notes which Pythons at work for the run see a file that only the image has."""
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or [""]
+            if "python" in Path(line[0]).name and str(self.path) in line:
+                inside = Path("/proc", str(process.pid), "root", LOCK).exists()
+                if process.is_running():
+                    self.seen.add((line[line.index(str(self.path)) - 1], inside))
+
+    def wait(self, seconds: float = PATIENCE) -> None:
+        finished = self.path / "slurm" / "finished"
+
+        def over() -> bool:
+            self.look()
+            return finished.exists() or self.dir.marked(STOPPED) is not None
+
+        wait_for(over, seconds, 1.0, self.say)
+        assert self.dir.marked(STOPPED) is None
+        wait_for(lambda: not self.queue(), say=self.say)
+
+
+@pytest.fixture(scope="module")
+def cpu_image(testbed: Testbed, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``cpu.sif`` as its admin builds it: bundled, built without internet, checked."""
+    folder = tmp_path_factory.mktemp("cpu")
     bundle, target = folder / "bundle", folder / "cpu.sif"
     root = ["--fakeroot"] if os.geteuid() == 0 else []
     for words in (
@@ -121,23 +165,42 @@ def test_the_quickstart_inside_the_cpu_image(cluster: Testbed, base: Path) -> No
         ("image", "build", "cpu", "--to", target, "--offline", bundle, *root),
         ("image", "check", target, "--run-dir", folder / "checked"),
     ):
-        done = making.insightv(*words, timeout=7200)
+        done = making.insightv(*words, timeout=3600)
         assert done.returncode == 0, done.stdout + done.stderr
-    os.chown(target, cluster.settings.uid, cluster.settings.uid)
-    configs = making.ROOT / "configs"
-    command = [sys.executable, "-m", "insightv"]
-    run = folder / "run"
-    profile = configs / "cluster" / "testbed-apptainer.yaml"
-    chain = configs / "chain" / "quickstart.yaml"
-    words = ["submit", chain, "--cluster", profile, "--run-dir", run]
-    cluster.run(*command, *words, cwd=folder, timeout=600)
-    finished = run / "slurm" / "finished"
-    stopped = run / "STOPPED"
-    wait_for(lambda: finished.exists() or stopped.exists(), 10800, 10.0)
-    assert not stopped.exists(), stopped.read_text()
-    (start,) = read_json(run / "provenance.json")["starts"]
-    assert start["image"]["path"] == str(target)
-    manifests = list(run.glob("stages/*/manifest.json"))
-    assert manifests
-    for path in manifests:
-        assert read_json(path)["image"] == start["image"]["sha256"]
+    shutil.rmtree(bundle)
+    return hand_over(testbed, target, testbed.folder("cpu"))
+
+
+@pytest.mark.timeout(3 * HOUR)
+@pytest.mark.parametrize("chain", ["smoke", pytest.param("quickstart", marks=pytest.mark.full)])
+def test_the_method_inside_the_cpu_image(cluster: Testbed, cpu_image: Path, chain: str) -> None:
+    """Every payload, through a preemption and a gate's retry."""
+    asked = read_profile(making.ROOT / "configs" / "cluster" / "testbed-apptainer.yaml")
+    asked.partition, asked.container.image = "low", str(cpu_image)
+    run = Whole(cluster, asked)
+    run.start(chain)
+    wait_for(lambda: run.nodes("r0-generate"), HOUR, say=run.say)
+    words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 10")
+    cluster.run(*words, "--output=/dev/null")
+    wait_for(lambda: "preempted" in states(cluster, run, "r0-generate"), say=run.say)
+    wait_for(lambda: run.nodes("r1-generate"), HOUR, say=run.say)
+    run.kill("r1-generate")
+    run.wait(2 * HOUR)
+    assert {e["attempt"] for e in run.submitted() if e["stage"] == "r1-generate"} == {0, 1}
+    (start,) = read_json(run.dir.provenance)["starts"]
+    assert start["image"]["path"] == str(cpu_image)
+    # Where the code lies that wrote a manifest: in the image, and nowhere on the nodes.
+    manifests = {
+        path.parent.name: read_json(path) for path in run.path.glob("stages/*/manifest.json")
+    }
+    assert manifests.keys() == {entry["stage"] for entry in run.submitted()} - {"preflight"}
+    for manifest in manifests.values():
+        assert manifest["image"] == start["image"]["sha256"]
+    assert read_json(run.path / "results.json")["ladder"]
+
+
+def states(cluster: Testbed, run: Run, stage: str) -> set[str]:
+    """What accounting says became of a stage's job, each of its starts counted."""
+    job = run.job("work", stage)
+    said = cluster.run("sacct", "-X", "-n", "-P", "-D", "--format=State", "-j", job).stdout
+    return {line.partition(" ")[0].lower() for line in said.splitlines()}

@@ -17,6 +17,7 @@ import training_chain  # noqa: E402
 from chains import Run, profile, wait_for  # noqa: E402
 
 from hpc.cluster import Resources  # noqa: E402
+from hpc.disk import share  # noqa: E402
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -44,6 +45,7 @@ def prepare(data: Path) -> None:
     from insightv.training.reference import Reference
 
     save_family("qwen2.5-vl", data / "base", layers=4)
+    share(data / "base")  # the chain's user is another
     pictures, ids = store(data / "pictures")
     reference = Reference(data / "base", ReferenceConfig(precision="fp32"), pictures)
 

@@ -17,7 +17,6 @@ from hpc.rundir import RunDir  # noqa: E402
 from hpc.shards import read_groups, shard_path, sidecars  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-CHAIN = "configs/chain/smoke.yaml"
 PROFILE = "configs/cluster/testbed.yaml"
 INSIGHTV = (sys.executable, "-m", "insightv")
 HOURS = 2 * 3600.0
@@ -25,12 +24,13 @@ HOURS = 2 * 3600.0
 
 @pytest.mark.full  # every stage of the method, training included, twice
 @pytest.mark.timeout(2 * HOURS)
-def test_a_cluster_makes_what_one_machine_makes(cluster: Testbed) -> None:
-    folder = cluster.folder("smoke")
+@pytest.mark.parametrize("name", ["smoke", "quickstart"])
+def test_a_cluster_makes_what_one_machine_makes(cluster: Testbed, name: str) -> None:
+    folder, chain = cluster.folder(name), f"configs/chain/{name}.yaml"
     here, there = folder / "here", folder / "there"
-    words = ("submit", CHAIN, "--cluster", PROFILE, "--run-dir", there)
+    words = ("submit", chain, "--cluster", PROFILE, "--run-dir", there)
     cluster.run(*INSIGHTV, *words, cwd=ROOT, timeout=HOURS)
-    cluster.run(*INSIGHTV, "run", CHAIN, "--run-dir", here, cwd=ROOT, timeout=HOURS)
+    cluster.run(*INSIGHTV, "run", chain, "--run-dir", here, cwd=ROOT, timeout=HOURS)
     wait_for(lambda: status(cluster, there)["state"] != "running", HOURS, 20.0)
     found = status(cluster, there)
     assert found["state"] == "complete", found["reason"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import counting  # noqa: E402
 
 from hpc import admission  # noqa: E402
-from hpc.admission import admit  # noqa: E402
+from hpc.admission import admit, fits  # noqa: E402
 from hpc.cluster import Profile, Resources  # noqa: E402
 from hpc.errors import UserError  # noqa: E402
 from hpc.planning import plan_of  # noqa: E402
 from hpc.slurm import SlurmError  # noqa: E402
+from hpc.submission import submit  # noqa: E402
 
 ANSWERS = {
     "scontrol show config": "MaxArraySize = 100\nMaxJobCount = 10000\n",
@@ -102,3 +104,21 @@ def test_a_chain_that_cannot_fit_is_refused(tmp_path, cluster, change, asked, sa
 def test_without_slurm_nothing_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(admission.slurm, "available", lambda: False)
     assert told(tmp_path, profile(1000)).startswith("no Slurm here")
+
+
+def test_a_stage_that_refuses_what_it_gets_keeps_all_out(tmp_path, cluster):
+    chain = counting.open_chain(tmp_path / "run")
+    asked = profile(nodes=3)
+
+    def wants_two(resources: Resources) -> str:
+        if resources.nodes % 2:
+            raise UserError(f"{resources.nodes} nodes; give an even number")
+        return "well"
+
+    chain.stages["total"] = replace(chain.stages["total"], fits=wants_two)
+    with pytest.raises(UserError, match="3 nodes; give an even number"):
+        submit(chain, asked)
+    assert not cluster["asked"]
+    assert not list(chain.run.path.rglob("*.sh"))
+    asked.stages["total"] = Resources(nodes=2)
+    assert fits(chain, asked) == {"total": "well"}

@@ -73,6 +73,23 @@ def test_layers_and_types(tmp_path: Path) -> None:
     assert config.entries == [Entry("q", 7)]
 
 
+def test_of_several_files_the_later_prevails_and_what_they_share_comes_first(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "below.yaml").write_text("seed: 1\ntraining: {rate: 1e-4, steps: 9}\n")
+    (tmp_path / "one.yaml").write_text("extends: below.yaml\nseed: 2\ntraining: {steps: 8}\n")
+    (tmp_path / "other.yaml").write_text("extends: ./below.yaml\ntraining: {rate: 1e-3}\n")
+    source = tmp_path / "chain.yaml"
+    source.write_text("extends: [one.yaml, other.yaml]\n")
+    config = load(Config, source)
+    # Had the other's own base come again, seed and steps would be those of below.yaml.
+    assert config.seed == 2 and config.training == Training(rate=1e-3, steps=8)
+    source.write_text("extends: [other.yaml, one.yaml]\ntraining: {steps: 7}\n")
+    assert load(Config, source).training == Training(rate=1e-3, steps=7)
+    (tmp_path / "other.yaml").write_text("extends: [one.yaml, chain.yaml]\n")
+    assert "extends itself through" in refused(tmp_path, "extends: [other.yaml]")
+
+
 def test_free_dictionaries_and_lists_are_replaced_but_one_entry_can_be_set(tmp_path: Path) -> None:
     source = tmp_path / "chain.yaml"
     source.write_text("training: {terms: {sft: 1}}")
@@ -107,8 +124,11 @@ def test_free_dictionaries_and_lists_are_replaced_but_one_entry_can_be_set(tmp_p
         ("seed: 1\nseed: 2\n", [], ["line 2", "duplicate key seed"]),
         ("- a\n", [], ["key: value"]),
         ("seed: \x00", [], ["chain.yaml"]),
+        ("null: 2", [], ["chain.yaml", "key type"]),
         ("extends: gone.yaml", [], ["gone.yaml"]),
         ("extends: chain.yaml", [], ["extends itself"]),
+        ("extends: {a: b}", [], ["extends is {'a': 'b'}", "or a list"]),
+        ("extends: [3]", [], ["extends is [3]"]),
     ],
 )
 def test_what_is_wrong_is_named(

@@ -83,9 +83,10 @@ def test_a_broken_json_file_is_named(tmp_path: Path) -> None:
     assert read_json(tmp_path / "none.json") is None
     write_json(tmp_path / "new" / "a.json", {"é": 1})
     assert read_json(tmp_path / "new" / "a.json") == {"é": 1}
-    (tmp_path / "b.json").write_text("{")
-    with pytest.raises(UserError, match="b.json"):
-        read_json(tmp_path / "b.json")
+    for text in ("{", "5", "[]", ""):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(UserError, match="b.json.*delete it"):
+            read_json(tmp_path / "b.json")
 
 
 def test_provenance_tells_code_and_hides_secrets(

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hpc.driver import Stopped  # noqa: E402
 from hpc.errors import UserError  # noqa: E402
 from hpc.progress import Bars  # noqa: E402
 from hpc.retention import clean, size  # noqa: E402
-from hpc.rundir import STOPPED, Chain, RunDir  # noqa: E402
+from hpc.rundir import STOPPED, Chain, RunDir, write_json  # noqa: E402
 from hpc.shards import ShardError, read_rows, shard_path, sidecar_path  # noqa: E402
 from hpc.status import (  # noqa: E402
     Advance,
@@ -116,10 +117,31 @@ def test_reasons_are_no_markup(complete: Chain) -> None:
 
 def test_a_stage_without_its_parent_is_outdated(chain: Chain) -> None:
     chain.run.manifest("double").unlink()
-    states = {entry["name"]: entry["state"] for entry in status(chain)["stages"]}
+    found = status(chain)
+    states = {entry["name"]: entry["state"] for entry in found["stages"]}
     assert states["double"] == "incomplete" and states["square"] == "complete"
     assert states["total"] == states["triple"] == "outdated"
+    reasons = {entry["name"]: entry.get("reason") for entry in found["stages"]}
+    assert reasons["total"] == "double is missing"
+    assert "total is outdated: double is missing" in shown(board(found), 200)
     assert advance(chain, "double") == Advance(40, 40, 10, 10, 4, {})
+
+
+def test_an_outdated_stage_says_why(chain: Chain) -> None:
+    def reason(name: str) -> str | None:
+        entries = {entry["name"]: entry for entry in status(chain)["stages"]}
+        return entries[name].get("reason")
+
+    shard = shard_path(chain.run.shards("square"), 3)
+    shard.rename(shard.with_name("aside"))
+    assert reason("square") == f"{shard.name} is missing"
+    shard.with_name("aside").rename(shard)
+    assert reason("square") is None
+    chain.stages["square"] = replace(chain.stages["square"], config={"fail_every": 3})
+    assert reason("square") == "configuration changed (fail_every: 10 → 3)"
+    manifest = chain.run.read_manifest("numbers") or {}
+    write_json(chain.run.manifest("numbers"), manifest | {"made": "anew"})
+    assert reason("double") == "numbers was made again"
 
 
 def test_a_cut_shard_is_named_without_reading_it(chain: Chain) -> None:

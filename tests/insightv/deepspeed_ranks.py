@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from training_case import Here, pair_rows, sample_rows
 
 from hpc.stages import Row
 from insightv.pictures import Pictures
-from insightv.training import deepspeed_backend, torch_backend
+from insightv.training import policy
 from insightv.training.batches import Encoder, Example, encode_all
 from insightv.training.checkpoint import Checkpoints
 from insightv.training.config import DeepSpeedConfig, DPOConfig, SFTConfig
-from insightv.training.deepspeed_backend import DeepSpeedBackend
+from insightv.training.deepspeed import backend as room
+from insightv.training.deepspeed import starting
+from insightv.training.deepspeed.backend import DeepSpeedBackend
 from insightv.training.objectives import Objective, Preference, Supervised, Totals
 from insightv.training.ranks import Ranks, joined
 from insightv.training.trainer import train_dpo, train_sft
@@ -33,7 +36,7 @@ KINDS = ("sft", "dpo")
 BUDGET = 700
 """Tokens of a micro-batch, so that a rank has several."""
 REFERENCE = "0" * 16
-_SETTINGS = deepspeed_backend._settings
+_SETTINGS = starting.settings_of
 
 
 def launch(ranks: int, folder: Path, *work: list[Any]) -> int:
@@ -50,7 +53,9 @@ def config_of(kind: str, backend: str = "deepspeed", stage: int = 2, **keys: Any
     """A training's configuration: fp32 on a CPU, unclipped unless asked for."""
     cut = DeepSpeedConfig(zero_stage=stage, offload=keys.pop("offload", False))
     common = {"precision": "fp32", "device": "cpu", "grad_clip": 0.0}
-    common |= {"backend": backend, "deepspeed": cut, "tokens_per_micro_batch": BUDGET}
+    common |= {"backend": backend, "tokens_per_micro_batch": BUDGET}
+    if backend == "deepspeed":
+        common["deepspeed"] = cut
     return {"sft": SFTConfig, "dpo": DPOConfig}[kind](**(common | keys))
 
 
@@ -123,8 +128,8 @@ def _caught(backend: Any) -> dict[str, torch.Tensor]:
 
 def sgd(ranks: Ranks, folder: Path, name: str, base: str, stage: int, rate: float) -> None:
     """20 steps of plain SGD on pairs; the model goes to ``folder / name``."""
-    adam = deepspeed_backend._adam
-    deepspeed_backend._adam = lambda config: lambda weights: torch.optim.SGD(weights, rate)
+    adam = room.adamw
+    room.adamw = lambda weights, config: torch.optim.SGD(weights, rate)
     backend = DeepSpeedBackend(folder / base, config_of("dpo", stage=stage), ranks)
     batches, totals = whole_batch(backend, examples_of(folder, "dpo", backend.processor))
     for _ in range(20):
@@ -132,7 +137,7 @@ def sgd(ranks: Ranks, folder: Path, name: str, base: str, stage: int, rate: floa
     (folder / name).mkdir(exist_ok=True)
     backend.export(folder / name)
     backend._engine.destroy()
-    deepspeed_backend._adam = adam
+    room.adamw = adam
 
 
 def train(
@@ -159,25 +164,36 @@ def trained(
 
 def killed(ranks: Ranks, folder: Path, when: str, *arguments: Any) -> None:
     """A training whose second rank is killed before, during or after the second save."""
-    saves: list[Path] = []
-    write, save = DeepSpeedBackend.save, Checkpoints.save
+    saves, snapshot, begin = 0, DeepSpeedBackend.snapshot, Checkpoints.save
 
-    def written(backend: Any, to: Path) -> None:
-        saves.append(to)
-        dies = len(saves) == 2 and ranks.rank == 1
-        if dies and when == "during":
-            write(backend, to)
-            os.truncate(to / "zero-00001.safetensors", 1000)
-        if dies and when != "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(backend, to)
-
-    def saved(*arguments: Any) -> None:
-        save(*arguments)
-        if len(saves) == 2 and ranks.rank == 1:
+    def die() -> None:
+        if saves == 2 and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    DeepSpeedBackend.save, Checkpoints.save = written, saved
+    def taken(backend: Any) -> Any:
+        write = snapshot(backend)
+
+        def written(to: Path) -> None:
+            write(to)
+            if saves == 2 and ranks.rank == 1:
+                time.sleep(1.0)  # meanwhile training goes on
+                os.truncate(to / "zero-00001.safetensors", 1000)
+            die()
+
+        return written if when == "during" else write
+
+    def saved(self: Any, *arguments: Any) -> None:
+        nonlocal saves
+        self.wait()
+        saves += 1
+        if when == "before":
+            die()
+        begin(self, *arguments)
+        if when == "after":
+            self.wait()
+            die()
+
+    DeepSpeedBackend.snapshot, Checkpoints.save = taken, saved
     train(ranks, folder, *arguments)
 
 
@@ -190,8 +206,8 @@ def _settings(config: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch_backend.LOGITS = 5000  # the head is applied in pieces
-    deepspeed_backend._settings = _settings
+    policy.LOGITS = 5000  # the head is applied in pieces
+    starting.settings_of = _settings
     with joined(config_of("sft")) as ranks:
         for text in sys.argv[2:]:
             name, *arguments = json.loads(text)

@@ -7,6 +7,7 @@ The weights know nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from tokenizers import trainers as tokenizer_trainers
 
 import insightv.models  # noqa: F401  (lets processors do without torchvision's video part)
 
-FAMILIES = ("llava", "llava-next", "llava-onevision", "qwen2.5-vl")
+FAMILIES = ("llava", "llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 FRAMES = (
     '{"title": "',
     '", "content": "',
     '", "next_action": "continue"}',
     '", "next_action": "summary"}',
 )
+Make = Callable[[tuple[str, ...]], T.PreTrainedTokenizerFast]
+"""Makes a tokenizer with these picture tokens."""
 _SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _CORPUS = (
@@ -47,20 +50,29 @@ _CHATML = (
 
 
 def save_family(
-    family: str, folder: Path, seed: int = 0, hidden: int = 64, layers: int = 2, tile: int = 56
+    family: str,
+    folder: Path,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    tile: int = 56,
+    words: tuple[str, ...] = (),
 ) -> Path:
     """Writes one family's tiny model into ``folder``; the same seed gives the same bytes.
 
-    ``tile`` is the side of LLaVA-NeXT's tiles in pixels, 14 of them a patch.
+    ``tile`` is the side of LLaVA-NeXT's and OneVision's tiles in pixels, 14 of them a patch;
+    ``words`` are further texts that are one token each.
     """
     torch.manual_seed(seed)
     build = {
         "llava": _llava,
         "llava-next": partial(_llava_next, tile=tile),
-        "llava-onevision": _llava_onevision,
+        "llava-onevision": partial(_llava_onevision, tile=tile),
+        "qwen2-vl": _qwen2,
         "qwen2.5-vl": _qwen,
+        "qwen3-vl": _qwen3,
     }[family]
-    model, processor = build(hidden, layers)
+    model, processor = build(partial(make_tokenizer, words=words), hidden, layers)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -74,8 +86,10 @@ def picture(seed: int = 0, width: int = 64, height: int = 48) -> Image.Image:
     return Image.fromarray(values)
 
 
-def make_tokenizer(image_tokens: tuple[str, ...]) -> T.PreTrainedTokenizerFast:
-    """A small byte-level BPE in which the four JSON frames are single (ordinary) tokens."""
+def make_tokenizer(
+    image_tokens: tuple[str, ...], words: tuple[str, ...] = ()
+) -> T.PreTrainedTokenizerFast:
+    """A small byte-level BPE; the four JSON frames and ``words`` are single, ordinary tokens."""
     special = [*_SPECIAL, *image_tokens]
     core = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,7 +101,8 @@ def make_tokenizer(image_tokens: tuple[str, ...]) -> T.PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator(_CORPUS, trainer)
-    core.add_tokens([AddedToken(frame, normalized=False, special=False) for frame in FRAMES])
+    whole = [*FRAMES, *words]
+    core.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
     return T.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -128,10 +143,10 @@ def _clip(size: int = 56) -> T.CLIPVisionConfig:
     )
 
 
-def _llava(hidden: int, layers: int) -> tuple[Any, Any]:
+def _llava(tokens: Make, hidden: int, layers: int) -> tuple[Any, Any]:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    tokenizer = make_tokenizer(("<image>",))
+    tokenizer = tokens(("<image>",))
     config = T.LlavaConfig(
         vision_config=_clip(),
         text_config=T.LlamaConfig(**_language(tokenizer, hidden, layers)),
@@ -154,12 +169,12 @@ def _llava(hidden: int, layers: int) -> tuple[Any, Any]:
     return T.LlavaForConditionalGeneration(config), processor
 
 
-def _llava_next(hidden: int, layers: int, tile: int) -> tuple[Any, Any]:
+def _llava_next(tokens: Make, hidden: int, layers: int, tile: int) -> tuple[Any, Any]:
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
 
-    tokenizer = make_tokenizer(("<image>",))
+    tokenizer = tokens(("<image>",))
     tiles = [[tile, 2 * tile], [2 * tile, tile], [2 * tile, 2 * tile]]
     config = T.LlavaNextConfig(
         vision_config=_clip(tile),
@@ -185,20 +200,20 @@ def _llava_next(hidden: int, layers: int, tile: int) -> tuple[Any, Any]:
     return T.LlavaNextForConditionalGeneration(config), processor
 
 
-def _llava_onevision(hidden: int, layers: int) -> tuple[Any, Any]:
+def _llava_onevision(tokens: Make, hidden: int, layers: int, tile: int) -> tuple[Any, Any]:
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
         LlavaOnevisionImageProcessorPil,
     )
 
-    tokenizer = make_tokenizer(("<image>", "<video>"))
-    tiles = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
+    tokenizer = tokens(("<image>", "<video>"))
+    tiles = [[tile * high, tile * wide] for high, wide in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
     config = T.LlavaOnevisionConfig(
         vision_config=T.SiglipVisionConfig(
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,
-            image_size=56,
+            image_size=tile,
             patch_size=14,
             initializer_range=0.1,
         ),
@@ -211,54 +226,100 @@ def _llava_onevision(hidden: int, layers: int) -> tuple[Any, Any]:
     )
     processor = T.LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessorPil(
-            size={"height": 56, "width": 56}, image_grid_pinpoints=tiles
+            size={"height": tile, "width": tile}, image_grid_pinpoints=tiles
         ),
         tokenizer=tokenizer,
-        num_image_tokens=16,
+        num_image_tokens=(tile // 14) ** 2,
         vision_feature_select_strategy="full",
         chat_template=_CHATML.replace("IMAGE", "<image>"),
     )
     return T.LlavaOnevisionForConditionalGeneration(config), processor
 
 
-def _qwen(hidden: int, layers: int) -> tuple[Any, Any]:
+def _qwen(tokens: Make, hidden: int, layers: int) -> tuple[Any, Any]:
+    text, ids, processor = _qwen_parts(tokens, T.Qwen2_5_VLProcessor, 14, hidden, layers)
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "spatial_merge_size": 2,
+        "initializer_range": 0.1,
+    }
+    config = T.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return T.Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def _qwen2(tokens: Make, hidden: int, layers: int) -> tuple[Any, Any]:
+    text, ids, processor = _qwen_parts(tokens, T.Qwen2VLProcessor, 14, hidden, layers)
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "hidden_size": hidden,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "initializer_range": 0.1,
+    }
+    config = T.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    return T.Qwen2VLForConditionalGeneration(config), processor
+
+
+def _qwen3(tokens: Make, hidden: int, layers: int) -> tuple[Any, Any]:
+    """Its first layers each get what a layer of the tower sees; M-RoPE's axes interleave.
+
+    What the last layer gets reaches no text, so one layer goes without.
+    """
+    text, ids, processor = _qwen_parts(tokens, T.Qwen3VLProcessor, 16, hidden, layers)
+    text["head_dim"] = hidden // 4
+    text["rope_parameters"]["mrope_interleaved"] = True
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1][: layers - 1],
+        "initializer_range": 0.1,
+    }
+    config = T.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    return T.Qwen3VLForConditionalGeneration(config), processor
+
+
+def _qwen_parts(
+    tokens: Make, kind: Any, patch: int, hidden: int, layers: int
+) -> tuple[dict[str, Any], dict[str, int], Any]:
+    """What the Qwen families share: the language model's settings, token ids, the processor."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    tokenizer = make_tokenizer(_QWEN)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in _QWEN}
-    head = hidden // 4
-    sections = [head // 2 - 2 * (head // 2 * 3 // 8), head // 2 * 3 // 8, head // 2 * 3 // 8]
-    config = T.Qwen2_5_VLConfig(
-        text_config={
-            **_language(tokenizer, hidden, layers),
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": sections,
-                "rope_theta": 10000.0,
-            },
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": hidden,
-            "patch_size": 14,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-            "spatial_merge_size": 2,
-            "initializer_range": 0.1,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    processor = T.Qwen2_5_VLProcessor(
+    tokenizer = tokens(_QWEN)
+    start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in _QWEN)
+    half = hidden // 8
+    sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
+    rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 10000.0}
+    text = {**_language(tokenizer, hidden, layers), "rope_parameters": rope}
+    ids = {
+        "image_token_id": image,
+        "video_token_id": video,
+        "vision_start_token_id": start,
+        "vision_end_token_id": end,
+    }
+    side = 4 * patch
+    processor = kind(
         image_processor=Qwen2VLImageProcessorPil(
-            patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+            patch_size=patch,
+            merge_size=2,
+            size={"shortest_edge": side * side, "longest_edge": 4 * side * side},
         ),
         tokenizer=tokenizer,
         chat_template=_CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    return T.Qwen2_5_VLForConditionalGeneration(config), processor
+    return text, ids, processor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-virtual": {"pipeline_parallel": 2, "virtual_stages": 2},
     "pp2-uneven": {"pipeline_parallel": 2, "layers": [1, 3]},
 }
+WIDER = {"tp2-pp4-sp": {"tensor_parallel": 2, "pipeline_parallel": 4, "sequence_parallel": True}}
+"""Layouts that want more ranks."""
 RECOMPUTED = ("tp2-pp2-sp",)
 FROZEN = ("pp2-uneven",)
 """Layouts under which layers are computed again, and the vision tower is frozen."""
@@ -72,8 +75,8 @@ def _construct(out: Path, layout: Any) -> None:
     out.write_text(json.dumps(runpy.run_path(str(script))["construct"](*layout)))
 
 
-def spawn(work: Any, folder: Path, *arguments: Any, dies: bool = False) -> None:
-    """Runs ``work(rank, folder, *arguments)`` on `WORLD` ranks; raises what a rank raised.
+def spawn(work: Any, folder: Path, *arguments: Any, dies: bool = False, world: int = WORLD) -> None:
+    """Runs ``work(rank, folder, *arguments)`` on ``world`` ranks; raises what a rank raised.
 
     ``dies`` says that rank 1 kills itself.
     """
@@ -81,7 +84,8 @@ def spawn(work: Any, folder: Path, *arguments: Any, dies: bool = False) -> None:
         left.unlink(missing_ok=True)
     context = _processes()
     ranks = [
-        context.Process(target=_rank, args=(work, rank, folder, arguments)) for rank in range(WORLD)
+        context.Process(target=_rank, args=(work, rank, world, folder, arguments))
+        for rank in range(world)
     ]
     for rank in ranks:
         rank.start()
@@ -100,13 +104,13 @@ def spawn(work: Any, folder: Path, *arguments: Any, dies: bool = False) -> None:
         return
     errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
     assert not errors, errors[0]
-    assert [rank.exitcode for rank in ranks] == [0] * WORLD
+    assert [rank.exitcode for rank in ranks] == [0] * world
 
 
-def _rank(work: Any, rank: int, folder: Path, arguments: Any) -> None:
+def _rank(work: Any, rank: int, world: int, folder: Path, arguments: Any) -> None:
     torch.set_num_threads(1)
-    store = distributed.FileStore(str(folder / "store"), WORLD)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    store = distributed.FileStore(str(folder / "store"), world)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         work(rank, folder, *arguments)
         distributed.barrier()
@@ -250,7 +254,8 @@ def adam(rank: int, folder: Path, case: Case, plan: list[tuple[str, str, int, in
         assert not optimizer.step(RATE, bound=0.0)[1]
         out = folder / name
         (out / "state").mkdir(parents=True, exist_ok=True)
-        optimizer.save(pieces, shape, layout, out / "state")
+        optimizer.snapshot(pieces, shape, layout)(out / "state")
+        distributed.barrier()
         export(pieces, config, layout, case.folder, out / "model")
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         if last and parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -296,7 +301,7 @@ def trainings(rank: int, folder: Path, base: Path, runs: list[Run]) -> None:
     made = json.loads((folder / "data.json").read_text())
     pictures = Pictures([folder / "pictures"])
     for run in runs:
-        place, layout = folder / run.name, Layout(**LAYOUTS[run.layout])
+        place, layout = folder / run.name, Layout(**(LAYOUTS | WIDER)[run.layout])
         values = {"backend": "megatron", "megatron": layout, **run.config}
         common = (pictures, place / "model", Here(place / "stage", run.stop_at))
         if run.kill and rank == 1:
@@ -323,6 +328,7 @@ def agreeing(rank: int, folder: Path, trouble: str) -> None:
         ]
         assert ranks.first(lambda: "x" * 100_000) == "x" * 100_000
         assert ranks.any(rank == 2) and not ranks.any(False)
+        _writing(ranks, folder / f"saved-{trouble}", trouble)
         other = ranks.aside()
         with ThreadPoolExecutor(1) as thread:
             numbers = thread.submit(
@@ -342,6 +348,32 @@ def agreeing(rank: int, folder: Path, trouble: str) -> None:
             ranks.every(lambda: ranks.every(work))  # one within the other, too
         except (Exception, SystemExit) as error:
             (folder / f"said-{trouble}-{rank}").write_text(f"{type(error).__name__} {error}")
+
+
+def _writing(ranks: Any, folder: Path, trouble: str) -> None:
+    """A checkpoint that rank 1 cannot write: all hear of it, and the one before stays."""
+    from hpc.errors import UserError
+    from insightv.training.checkpoint import Checkpoints, Position
+
+    checkpoints = Checkpoints(folder, 2, ranks)
+
+    def write(place: Path, fails: bool = False) -> None:
+        if fails and ranks.rank == 1:
+            raise OSError(28, "No space left on device")
+        (place / f"part-of-{ranks.rank}").write_text(trouble)
+
+    checkpoints.save(Position("me", step=1), lambda: write)
+    checkpoints.save(Position("me", step=2), lambda: partial(write, fails=True))
+    try:
+        checkpoints.wait()
+        raise AssertionError("nobody said anything")
+    except UserError as error:
+        assert ranks.rank == 1 and "No space left" in str(error)
+    except SystemExit:
+        assert ranks.rank != 1
+    found = checkpoints.resume("me", lambda place: None)
+    assert found is not None and found.step == 1
+    checkpoints.close()
 
 
 def refused(rank: int, folder: Path, base: Path) -> None:
@@ -381,26 +413,34 @@ def _die(when: str) -> None:
     from insightv.training.checkpoint import Checkpoints
     from insightv.training.folder import Writer
 
-    saves, write, close = 0, Checkpoints.save, Writer.close
+    saves, begin, write, close = 0, Checkpoints.save, Checkpoints._write, Writer.close
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save(self: Any, position: Any, *rest: Any) -> None:
+    def save(self: Any, *arguments: Any) -> None:
         nonlocal saves
+        self.wait()
         saves += 1
         if saves == 2 and when == "before":
             die()
-        write(self, position, *rest)
+        begin(self, *arguments)
         if saves == 2 and when == "after":
+            self.wait()
             die()
+
+    def written(self: Any, *arguments: Any) -> None:
+        if saves == 2 and when == "during":
+            time.sleep(1.0)  # meanwhile training goes on
+        write(self, *arguments)
 
     def closed(self: Any) -> None:
         if saves == 2 and when == "during":
             die()
         close(self)
 
-    Checkpoints.save, Writer.close = save, closed  # type: ignore[method-assign]
+    Checkpoints.save, Checkpoints._write = save, written  # type: ignore[method-assign]
+    Writer.close = closed  # type: ignore[method-assign]
 
 
 CLIP = 1.0

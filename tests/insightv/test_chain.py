@@ -107,7 +107,8 @@ SILENT = {
 def test_every_hashed_number_changes_a_stage_and_no_other_does(tmp_path):
     """No key that does nothing; none that remakes what it does not shape."""
     # Early stop asks the validation split, beside the test split of the evaluation.
-    config = read(CONFIGS / "ablation.yaml", ["rounds.early_stop.enabled=true"])
+    asked = ["benchmarks.tasks=[chartqa]", "benchmarks.python=python3"]
+    config = read(CONFIGS / "ablation.yaml", ["rounds.early_stop.enabled=true", *asked])
     run = RunDir(tmp_path)
     before = identities(assemble(config, run))
     wrong = []
@@ -204,6 +205,7 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
         ("evaluation.entries=[multi_agents]", "did you mean multi_agent?"),
         ("evaluation.entries=[foo]", "no entry 'foo'; use base, base_reasoning"),
         ("evaluation.split=train", "validation or test"),
+        ("evaluation.resamples_seed=-1", "evaluation.resamples_seed is -1"),
         ("models.base.path=/no/such/folder", "models.base.path: no folder /no/such/folder"),
         ("models.generator.path=none", "only the judge can be none"),
         ("models.base.prompts=nonsense", "no prompt set 'nonsense'"),
@@ -214,6 +216,13 @@ def test_a_moved_model_is_the_same_model_and_a_changed_one_is_not(tmp_path):
         ("training.direct.epochs=0", "training.direct.epochs is 0"),
         ("training.reasoning.learning_rate=inf", "training.reasoning.learning_rate is inf"),
         ("judge.temperature=nan", "judge.temperature is nan"),
+        ("judge.temperature=-1", "judge.temperature is -1"),
+        ("judge.max_tokens=0", "judge.max_tokens is 0"),
+        ("judge.tries=0", "judge.tries is 0"),
+        ("judge.rules.decimal_tolerance=1", "judge.rules.decimal_tolerance is 1"),
+        ("score.top_p=1.5", "score.top_p is 1.5"),
+        ("models.base.path=~nobody-is-called-so/m", "no such home folder"),
+        ("questions.sets=[~nobody-is-called-so/s.yaml]", "no such home folder"),
         ("rounds.dpo.beta=0", "rounds.dpo.beta is 0"),
         ("rounds.dpo.terms.sft=-1", "rounds.dpo.terms.sft is -1"),
         ("rounds.pairs.min_gap=0", "rounds.pairs.min_gap is 0"),

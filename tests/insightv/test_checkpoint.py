@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -147,7 +149,7 @@ def writer(value: float):
     def write(folder: Path) -> None:
         save_file({"x": torch.tensor([value])}, folder / "training.safetensors")
 
-    return write
+    return lambda: write
 
 
 def resumed(checkpoints: Checkpoints, identity: str = "me") -> tuple[int, float] | None:
@@ -163,6 +165,7 @@ def test_the_newest_are_kept(tmp_path):
     for step in (3, 6, 9, 12):
         position = Position("me", step=step, dropped={"k": "why"}, first_loss=1.5)
         checkpoints.save(position, writer(step))
+    checkpoints.wait()
     names = sorted(path.name for path in (tmp_path / "c").iterdir())
     assert names == ["step-0000009", "step-0000012"]
     assert resumed(checkpoints) == (12, 12.0)
@@ -176,6 +179,7 @@ def test_what_is_not_whole_is_passed_over(harm, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (3, 6):
         checkpoints.save(Position("me", step=step), writer(step))
+    checkpoints.wait()
     newest = tmp_path / "step-0000006"
     tensors = newest / "training.safetensors"
     data = tensors.read_bytes()
@@ -192,6 +196,7 @@ def test_what_is_not_whole_is_passed_over(harm, tmp_path):
     assert resumed(checkpoints) == (3, 3.0)
     # The next save takes its place and nothing of the broken one stays.
     checkpoints.save(Position("me", step=6), writer(6.5))
+    checkpoints.wait()
     assert resumed(checkpoints) == (6, 6.5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000003", "step-0000006"]
 
@@ -206,19 +211,95 @@ def test_what_is_not_whole_is_passed_over(harm, tmp_path):
 def test_a_full_disk_is_said_and_leaves_the_old_one(error, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(Position("me", step=3), writer(3))
+    checkpoints.wait()
 
     def fail(folder: Path) -> None:
         (folder / "training.safetensors").write_bytes(b"half")
         raise error
 
+    checkpoints.save(Position("me", step=6), lambda: fail)
     with pytest.raises(UserError, match="No space left on device.*free some space"):
-        checkpoints.save(Position("me", step=6), fail)
+        checkpoints.wait()
+    assert not checkpoints.failed()  # it was said
     assert resumed(checkpoints) == (3, 3.0)
 
 
 def test_one_of_another_training_is_not_lost(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(Position("me", step=3), writer(3))
+    checkpoints.wait()
     with pytest.raises(UserError, match="step-0000003 is of another configuration.*remove"):
         resumed(checkpoints, "another")
     assert resumed(checkpoints) == (3, 3.0)
+
+
+def test_what_is_being_written_is_not_there_yet(tmp_path):
+    checkpoints, go = Checkpoints(tmp_path, keep=2), threading.Event()
+    position = Position("me", step=3, norms=[1.0])
+
+    def slowly(folder: Path) -> None:
+        (folder / "training.safetensors").write_bytes(b"half")
+        assert go.wait(60)
+        writer(3)()(folder)
+
+    checkpoints.save(position, lambda: slowly)
+    position.step, position.norms[0] = 4, 2.0  # training goes on
+    while not (tmp_path / "part-0000003" / "training.safetensors").exists():
+        time.sleep(0.01)
+    assert resumed(Checkpoints(tmp_path, keep=2)) is None
+    go.set()
+    checkpoints.save(position, writer(4))  # waits for the one before
+    checkpoints.close()
+    assert resumed(Checkpoints(tmp_path, keep=2)) == (4, 4.0)
+    shutil.rmtree(tmp_path / "step-0000004")
+    found = checkpoints.resume("me", lambda folder: None)
+    assert found == Position("me", step=3, norms=[1.0])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(work, tmp_path, monkeypatch):
+    """And what it writes is the state it was asked for, bitwise."""
+    rows, context = sample_rows(sorted(pictures_of(work))), Here(tmp_path / "run")
+    begun, write = [], Checkpoints._write
+
+    def late(self, *arguments) -> None:
+        begun.append(len(context.seen))
+        while len(context.seen) < begun[0] + 2:
+            time.sleep(0.01)
+        write(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_write", late)
+    common = (work / "base", rows, pictures_of(work))
+    train_sft(config(save_steps=7, max_steps=9), *common, tmp_path / "a", context)
+    assert begun[0] in (6, 7)
+    monkeypatch.undo()
+    killed = Here(tmp_path / "killed")
+    monkeypatch.setattr(Checkpoints, "clear", lambda self: None)
+    train_sft(config(save_steps=7, max_steps=9), *common, tmp_path / "b", killed)
+    shutil.rmtree(tmp_path / "b")
+    (tmp_path / "killed" / "training.json").unlink()
+    again = Here(tmp_path / "killed")
+    train_sft(config(save_steps=7, max_steps=9), *common, tmp_path / "b", again)
+    assert len(again.seen) == 2
+    assert models.digest_of(tmp_path / "a") == models.digest_of(tmp_path / "b")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(work, tmp_path, monkeypatch):
+    rows, context = sample_rows(sorted(pictures_of(work))), Here(tmp_path / "run")
+
+    def fail(tensors, path) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr("insightv.training.torch_backend.save_file", fail)
+    with pytest.raises(UserError, match="checkpoints.*No space left on device.*free some space"):
+        train_sft(config(), work / "base", rows, pictures_of(work), tmp_path / "a", context)
+    assert 3 <= len(context.seen) < 7 and not (tmp_path / "a").exists()
+    assert resumed(Checkpoints(context.directory / "checkpoints", 2)) is None
+
+
+def test_a_batch_of_more_than_there_is_is_told(work, tmp_path, caplog):
+    rows, context = sample_rows(sorted(pictures_of(work))), Here(tmp_path / "run")
+    common = (work / "base", rows, pictures_of(work), tmp_path / "a", context)
+    train_sft(config(batch_size=21, epochs=2), *common)
+    assert "batch_size 21 is more than 10 rows in 2 epochs: there is one step" in caplog.text
+    assert len(context.seen) == 1

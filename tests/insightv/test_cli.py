@@ -60,7 +60,7 @@ def run(tmp_path) -> Path:
 def test_help_lists_the_commands_on_one_page(insightv):
     status, out, _ = insightv("--help")
     assert status == 0
-    assert out.count("\n") < 50
+    assert out.count("\n") < 55
     listed = [name for name in ("run", "status", "ask", "why", "train", "shards") if name in out]
     assert len(listed) == 6
     for hidden in ("work", "gate"):
@@ -115,6 +115,8 @@ def test_version(insightv):
         (["run", SMOKE, "evaluation.entries=[bass]"], "did you mean base?"),
         (["status", "/no/run"], "/no/run is no run directory"),
         (["retry", "/no/run"], "is no run directory"),
+        (["logs", "/no/run", "--lines", "0"], "greater than or equal to 1"),
+        (["compare", "/no/run", "--seed", "-1"], "greater than or equal to 0"),
         (["ask", "/no/run", "a.png", " "], "QUESTION is empty"),
         (["why", "a:b:1", "/no/run"], "is no run directory"),
         (["shards", "verify", "/no/shards"], "no shards here"),
@@ -230,7 +232,7 @@ def test_logs(insightv, run):
     folder.mkdir(parents=True)
     (folder / "a0-0.log").write_text("old\n")
     (folder / "a1-0.log").write_text("first\nlast \x1b[2Jword\n")
-    assert insightv("logs", run)[1] == "r0-generate: last  [2Jword\n"
+    assert insightv("logs", run)[1] == "r0-generate: last \ufffd[2Jword\n"
     whole = insightv("logs", run, "r0-generate")[1]
     assert "first" in whole and "old" not in whole and "\x1b" not in whole
     assert "first" not in insightv("logs", run, "r0-generate", "-n", 1)[1]
@@ -252,7 +254,7 @@ def test_why_of_an_unknown_key(insightv, run):
 def test_ask_refuses_what_is_no_picture(insightv, run, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     refused(insightv("ask", run, tmp_path / "good.png", "What?"), "the agents are not trained yet")
-    for name in ("reasoning", "reasoning-r1", "summary"):
+    for name in ("reasoning", "reasoning-r1", "reasoning-r2.part", "summary"):
         (run / "models" / name).mkdir(parents=True)
     refused(insightv("ask", run, tmp_path / "no.png", "What?"), "no.png: No such file")
     refused(insightv("ask", run, tmp_path, "What?"), "Is a directory")
@@ -260,6 +262,13 @@ def test_ask_refuses_what_is_no_picture(insightv, run, tmp_path):
     broken.write_bytes((tmp_path / "good.png").read_bytes()[:40])
     refused(insightv("ask", run, broken, "What?"), "broken.png cannot be decoded")
     refused(insightv("ask", run, tmp_path / "good.png", "What?"), "reasoning-r1 is no model folder")
+
+
+@pytest.mark.parametrize("kept", [b"", b"\xff\n", b"no digest  x.sif\n"])
+def test_a_digest_that_is_none_is_named(kept, insightv, tmp_path):
+    (tmp_path / "x.sif").write_bytes(b"image")
+    (tmp_path / "x.sif.sha256").write_bytes(kept)
+    refused(insightv("image", "verify", tmp_path / "x.sif"), "x.sif.sha256 holds no digest")
 
 
 def test_evaluate_needs_the_models(insightv, run):
@@ -419,6 +428,7 @@ def test_a_plan_begins_with_its_table(insightv, no_cluster, tmp_path):
     assert lines[-1] == "no Slurm answers here: the chain was not held against a cluster"
     notes = [line for line in lines if line.startswith("note: ")]
     assert len(notes) == 1 and "sft-" in notes[0] and "4 GPUs for each process" in notes[0]
+    assert "2 nodes x 1 tasks of the profile are not used" in out
     whole = insightv(*words, "--scripts")[1]
     assert whole.startswith(out) and "#SBATCH" in whole
 

@@ -44,3 +44,9 @@ def test_keys_are_overridden_and_mistakes_told(show):
     assert status == 2 and "it has train, validation, test" in err
     status, _, err = show("quesiton=query")
     assert status == 2 and "did you mean question" in err
+
+
+def test_a_columns_name_cannot_steer_the_terminal(show, tmp_path):
+    (tmp_path / "ChartQA/rows.jsonl").write_text('{"quer\\u001b[2Jy": "?", "label": "1"}\n')
+    status, _, err = show("format=jsonl", "splits.train.files=[rows.jsonl]")
+    assert status == 2 and "did you mean quer\ufffd[2Jy?" in err

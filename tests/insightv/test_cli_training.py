@@ -1,9 +1,12 @@
 """``insightv train``: what it does not touch."""
 
+import sys
+
 import pytest
 
 from hpc.errors import UserError
 from hpc.locking import hold
+from insightv import cli
 from insightv.cli.training import _Alone
 
 
@@ -33,3 +36,14 @@ def test_two_trainings_do_not_share_an_output(tmp_path):
     ):
         enter(out)
     enter(out)
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_ranks_that_start_together_say_a_thing_once(rank, lines, tmp_path, monkeypatch, capsys):
+    """And those of another node, where a folder may be missing, say it as well."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["insightv", "train", "sft", str(tmp_path), "epochs=0"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("insightv: epochs is 0") == lines

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,14 +24,14 @@ from deepspeed_ranks import (
 from families import save_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_megatron_parity import save_model
 from training_case import store
 
 from hpc.errors import UserError
 from insightv import models
-from insightv.training import deepspeed_backend
-from insightv.training.deepspeed_backend import Saved
+from insightv.training.deepspeed import starting
+from insightv.training.deepspeed.checkpoint import Saved, write
 from insightv.training.torch_backend import TorchBackend
 
 pytestmark = [
@@ -40,7 +41,7 @@ pytestmark = [
     ),
     pytest.mark.timeout(900),  # ranks that wait for each other are slow on a crowded machine
 ]
-BASES = ("llava-next", "llava-onevision", "qwen2.5-vl")
+BASES = ("llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl")
 OPEN = {"freeze_vision": False}
 CASES = {
     **{f"{base}-{stage}": (base, stage, {}) for base in BASES for stage in (1, 2, 3)},
@@ -330,10 +331,8 @@ def test_a_checkpoint_is_cut_anew(tmp_path_factory, size, writers, readers, seed
     for rank, (start, stop) in enumerate(_ranges(chance, size, writers)):
         places = {"a": [start, stop - start, size]} if start < stop else {}
         tensors = {f"weight.{name}": whole[start:stop].clone() for name in places}
-        described = {"ranks": writers, "steps": 3, "places": places}
         tensors["random.cpu"] = torch.zeros(1)
-        path = folder / f"zero-{rank:05d}.safetensors"
-        save_file(tensors, path, metadata={"zero": json.dumps(described)})
+        write(folder / f"zero-{rank:05d}.safetensors", writers, 3, places, tensors)
     saved = Saved(folder)
     assert (saved.ranks, saved.steps, saved.sizes) == (writers, 3, {"a": size})
     for start, stop in _ranges(chance, size, readers):
@@ -358,11 +357,19 @@ def test_a_damaged_part_is_told(tmp_path):
 
 
 def test_what_is_missing_is_told(monkeypatch):
-    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):  # it sets what is not set
-        monkeypatch.setenv(name, os.environ.get(name, "cpu" if name[0] == "D" else "0"))
-    monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"needs deepspeed: pip install -e '.\[deepspeed\]'"):
-        deepspeed_backend._imported("cpu")
+        starting.imported()
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "mine")
+    with pytest.raises(KeyError), models.deepspeed_told(gpu=False, LOCAL_RANK="0"):
+        assert (os.environ["LOCAL_RANK"], os.environ["DS_ACCELERATOR"]) == ("0", "mine")
+        raise KeyError
+    assert "LOCAL_RANK" not in os.environ
+    assert os.environ["DS_ACCELERATOR"] == "mine"
 
 
 def test_a_stage_that_there_is_not():

@@ -13,8 +13,9 @@ from insightv.records import Message
 from insightv.training.batches import Encoder, encode_all
 from insightv.training.config import DPOConfig, ReferenceConfig
 from insightv.training.objectives import Preference, Totals, preference_metrics
+from insightv.training.policy import token_logps
 from insightv.training.reference import Reference
-from insightv.training.torch_backend import TorchBackend, token_logps
+from insightv.training.torch_backend import TorchBackend
 
 MIXTURES = {
     "sigmoid": {"sigmoid": 1.0},

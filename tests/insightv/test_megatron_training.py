@@ -63,6 +63,16 @@ AGAIN = [
     Run("other", "tp1", ADAM | {"recompute": True, "save_steps": 4}, pairs=True),
 ]
 """After the runs: what goes on from the one that was stopped."""
+FEWER = Run("fewer", "tp1", ADAM, pairs=True)
+"""The same on two ranks: TP2 × PP2 goes on as TP1 × DP2."""
+MANY = [
+    *(
+        Run(f"{kind}-many-{layout}", layout, GRADIENT, pairs=kind == "dpo", stop_at=1)
+        for kind, layout in (("dpo", "tp2-pp2"), ("sft", "tp2-pp4-sp"))
+    ),
+    Run("many-sgd", "tp2-pp2", SGD | {"epochs": 3}, descent=True),
+]
+"""On 16 ranks: TP2 × PP2 × DP4 and TP2 × PP4 × DP2, with the distributed optimizer."""
 LONG = [
     Run("adam-20", "tp2-pp2", ADAM | {"epochs": 20}, pairs=True),
     Run("sgd", "pp2-virtual", SGD, descent=True),
@@ -97,9 +107,10 @@ def work(tmp_path_factory) -> Path:
 def made(work):
     """All of them, on processes that live once a list, and the same on one process of torch."""
     megatron_ranks.spawn(megatron_ranks.trainings, work, work / "base", RUNS)
-    for run in AGAIN:
+    for run in (*AGAIN, FEWER):
         shutil.copytree(work / "stopped", work / run.name)
     megatron_ranks.spawn(megatron_ranks.trainings, work, work / "base", AGAIN)
+    megatron_ranks.spawn(megatron_ranks.trainings, work, work / "base", [FEWER], world=2)
     one(work, "sft", GRADIENT, stop_at=1)
     one(work, "dpo", GRADIENT, stop_at=1)
     one(work, "dpo", ADAM, name="torch-adam")
@@ -178,18 +189,42 @@ def same_gradients(made: Path, kind: str, layout: str) -> None:
 
 @pytest.mark.full
 def test_sgd_follows_torch(long):
-    made = long
-    ours, theirs = lines(made, "sgd"), lines(made, "torch-sgd")
-    assert len(ours) == len(theirs) == 20
+    sgd_follows(long, "sgd", 20)
+    files = [long / name / "stage" / "dropped.jsonl" for name in ("sgd", "torch-sgd")]
+    assert files[0].read_text() == files[1].read_text()
+    theirs = lines(long, "torch-sgd")
+    assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.5
+
+
+def sgd_follows(made: Path, name: str, steps: int) -> None:
+    ours, theirs = lines(made, name), lines(made, f"torch-{name}")
+    assert len(ours) == len(theirs) == steps
     for here, there in zip(ours, theirs, strict=True):
-        for name in ("loss", "grad_norm"):
-            assert here[name] == pytest.approx(there[name], abs=1e-4), name
+        for key in ("loss", "grad_norm"):
+            assert here[key] == pytest.approx(there[key], abs=1e-4), key
         assert here.get("dropped") == there.get("dropped")
     assert any("dropped" in line for line in ours)
-    files = [made / name / "stage" / "dropped.jsonl" for name in ("sgd", "torch-sgd")]
-    assert files[0].read_text() == files[1].read_text()
-    assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.5
-    weights(made, "torch-sgd", "sgd", 1e-4)
+    weights(made, f"torch-{name}", name, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def many(made):
+    megatron_ranks.spawn(megatron_ranks.trainings, made, made / "base", MANY, world=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", megatron_ranks.descend)
+        one(made, "sft", SGD | {"epochs": 3}, name="torch-many-sgd")
+    return made
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "layout"), [("dpo", "tp2-pp2"), ("sft", "tp2-pp4-sp")])
+def test_gradients_on_16_ranks(many, kind, layout):
+    same_gradients(many, kind, f"many-{layout}")
+
+
+@pytest.mark.full
+def test_sgd_on_16_ranks(many):
+    sgd_follows(many, "many-sgd", 5)
 
 
 @pytest.mark.full
@@ -233,10 +268,12 @@ def test_stopped_and_resumed_is_bitwise_the_same(made):
     assert not list((made / "same").rglob("checkpoints"))
 
 
-def test_another_layout_goes_on(made):
-    for here, there in zip(lines(made, "other"), lines(made, "adam"), strict=True):
+@pytest.mark.parametrize("name", ["other", "fewer"])
+def test_another_layout_goes_on(made, name):
+    """From TP2 × PP2 on TP1 × DP4 and on TP1 × DP2."""
+    for here, there in zip(lines(made, name), lines(made, "adam"), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], abs=1e-4)
-    weights(made, "adam", "other", 1e-4)
+    weights(made, "adam", name, 1e-4)
 
 
 def test_a_step_has_the_same_samples_on_any_ranks(made):

@@ -1,9 +1,11 @@
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
 from families import FAMILIES, picture, save_family
+from transformers.utils import is_torchvision_available
 
 from hpc.errors import RecordError, UserError
 from insightv import chats, models
@@ -100,6 +102,13 @@ def test_saved_models_load_again(loaded, tmp_path):
     )
     first, second = (chats.encode(m.processor, [QUESTION], IMAGES) for m in (loaded, again))
     assert first.ids == second.ids
+
+
+def test_torchvision_is_not_here():
+    """So every test of a family, from its processor to the whole chain, does without it."""
+    if find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed: nothing shows that families do without it")
+    assert not is_torchvision_available()
 
 
 def test_the_vision_tower_is_frozen_and_nothing_else(loaded):

@@ -20,7 +20,7 @@ from insightv.training.balance import pack, plan
 from insightv.training.batches import Encoder, Example, Reply, encode_all
 from insightv.training.objectives import Supervised, Totals
 from insightv.training.packing import Packer, Tree, collate
-from insightv.training.torch_backend import token_logps
+from insightv.training.policy import token_logps
 
 
 @pytest.fixture(scope="module")

@@ -434,6 +434,22 @@ def test_damaged_files_stop_with_one_line_that_names_them(tmp_path):
         read(web(), tmp_path)
 
 
+@pytest.mark.parametrize("data", [b"", b'[{"question": ', b'[{"question": "\xff"}]'])
+def test_a_damaged_array_is_named(tmp_path, data):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/a.json").write_bytes(data)
+    mapping = jsonl_set(splits={"train": SplitConfig(files=["*.json"])})
+    mapping.format = "json"
+    with pytest.raises(UserError, match=r"a.json is damaged .*fetch it again"):
+        read(mapping, tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["", "**.jsonl"])
+def test_a_pattern_that_is_none_is_named(tmp_path, pattern):
+    with pytest.raises(UserError, match="splits.train.files: .*pattern"):
+        read(jsonl_set(splits={"train": SplitConfig(files=[pattern])}), tmp_path)
+
+
 def web() -> SetConfig:
     return SetConfig(
         name="own",
@@ -502,6 +518,23 @@ def test_the_hub_is_read_only_where_it_may_be_and_at_a_commit(tmp_path, monkeypa
         list(read_questions(mapping, "train", open_place, Sink()))
 
 
+def test_a_hub_that_breaks_off_is_told_in_one_line(tmp_path, monkeypatch):
+    def stream(*_, **__):
+        class Rows:
+            def decode(self, _):
+                yield {"query": "?", "label": ["1"], "image": picture(1), "human_or_machine": 0}
+                raise ConnectionError("reset by peer")
+
+        return Rows()
+
+    monkeypatch.setattr("datasets.load_dataset", stream)
+    mapping = load_set(CONFIGS / "chartqa.yaml")
+    found = read_questions(mapping, "train", Place(tmp_path, network=True), Sink())
+    assert isinstance(next(found), Asked)
+    with pytest.raises(UserError, match=r"does not give .*ConnectionError: reset by peer"):
+        list(found)
+
+
 # ---- what users get wrong
 
 
@@ -525,6 +558,7 @@ def test_the_hub_is_read_only_where_it_may_be_and_at_a_commit(tmp_path, monkeypa
             "more than 1",
         ),
         ("turns: {column: c, role: from}", "either question and answer"),
+        ("turns: {column: c, role: from, text: value, most: -1}", "turns.most is -1"),
         ("splits: {}", "has no splits"),
     ],
 )

@@ -10,7 +10,7 @@ from training_case import family, loaded, pair_rows, store
 from hpc.errors import RecordError, UserError
 from insightv import chats
 from insightv.records import Message, PreferencePair
-from insightv.training import torch_backend as room
+from insightv.training import policy as room
 from insightv.training.config import ReferenceConfig
 from insightv.training.reference import Reference
 

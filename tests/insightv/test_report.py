@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc.errors import UserError
+from hpc.rundir import RunDir, write_json
+from insightv.evaluation.benchmark_scores import ALONE, SCORES
 from insightv.evaluation.results import write_results
 from insightv.report import drawings, write_report
 from insightv.report.figures import dots, nice_ticks
@@ -111,6 +113,23 @@ def test_what_is_missing_is_said(run, tmp_path, gone, said):
             shutil.rmtree(stage)
     text = write_report(copy).read_text()
     assert said in text
+
+
+def test_benchmarks_stand_beside_the_papers(run, page, tmp_path):
+    assert "Public benchmarks" not in page.read_text()
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    score = {"task": "chartqa", "entry": "base", "metric": "relaxed_overall", "value": 0.615}
+    score |= {"ci95": [0.58, 0.64], "n": 2500, "failed": 0}
+    hostile = score | {"task": runs.HOSTILE, "ci95": None}
+    found = {"scores": [score, hostile], "own": [], "differences": [], "confusion": {}}
+    place = RunDir(copy / ALONE)  # where `insightv benchmark` leaves it
+    write_json(place.stage_dir(SCORES) / "scores.json", found)
+    assert "Public benchmarks" not in write_report(copy).read_text()
+    write_json(place.manifest(SCORES), {"rows": 1})
+    text = write_report(copy).read_text()
+    assert "<td>61.5 [58.0, 64.0]</td>" in text and "<td>1573.7</td>" in text
+    assert "<img src=x" not in text
 
 
 def test_an_empty_run_has_a_page_and_no_run_has_none(tmp_path):

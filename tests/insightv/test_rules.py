@@ -1,9 +1,12 @@
 """Answers as models really give them, against what a careful person would say."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from insightv.assessment import numeric
 from insightv.assessment.rules import RuleConfig, decide, stated
 from insightv.records import Question
 
@@ -380,6 +383,13 @@ def test_tolerances_are_configurable():
     ).correct
 
 
+def test_a_formula_that_takes_too_long_is_left_open(monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(numeric, "LATEX_SECONDS", 1)
+    decision = decide(question("number", "1"), "10^{10^{9}}-10^{10^{9}}+1")
+    assert decision.correct is None and "TimeoutException" in decision.detail
+
+
 def test_a_latex_answer_is_decided_or_plainly_left_open():
     decision = decide(question("text", "\\frac{\\sqrt{2}}{2}"), "\\frac{1}{\\sqrt{2}}")
     assert decision.rule == "math-verify" or decision.correct is None
@@ -439,8 +449,10 @@ def test_hostile_lengths_take_no_time():
     ):
         for kind in ("number", "label", "choice", "yes_no", "list", "text"):
             shaped = question(kind, "12", options=asked.options)
+            began = time.process_time()
             decide(shaped, unit * (3900 // len(unit)))
             decide(shaped, unit * 20000)
+            assert time.process_time() - began < 2, (unit, kind)
 
 
 @pytest.mark.parametrize(

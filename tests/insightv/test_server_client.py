@@ -408,6 +408,9 @@ def test_other_replicas_take_over(pictures):
         ({"command": ["vllm"], "timeout": 0.0}, "timeout is 0.0"),
         ({"command": ["vllm"], "key_file": "key"}, "key_file: only of servers at url"),
         ({"url": ["http://127.0.0.1:1"], "options": ["--x"]}, "only presets"),
+        ({"command": ["vllm"], "image": "vllm"}, "image is 'vllm'; give a file that ends in .sif"),
+        ({"command": ["vllm"], "image": "/v.sif", "binds": ["data"]}, "binds: 'data'"),
+        ({"command": ["vllm"], "binds": ["/data"]}, "binds: only an image"),
     ],
 )
 def test_impossible_settings_are_told(settings, wrong):

@@ -3,14 +3,16 @@
 import asyncio
 import base64
 import io
+import itertools
 import json
+from dataclasses import replace
 
 import httpx2
 import pytest
 from PIL import Image
 
 from hpc.errors import RecordError, UserError
-from insightv.agents import DirectAgent, MultiAgent, ReasoningAgent, SummaryAgent
+from insightv.agents import DirectAgent, FinalAgent, MultiAgent, ReasoningAgent, SummaryAgent
 from insightv.cli.serving import _key, _listening
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.engines import EngineConfig, Sampling, load_engine
@@ -22,6 +24,7 @@ from insightv.serving import MODELS, Agents, LentPictures, application
 from insightv.steps import parse_steps
 
 KEY = "s3cret"
+ALONE = ("base-reasoning", "summary-only")
 PROMPTS = load_prompts("tiny")
 ENTRY = EntryConfig(
     "serve",
@@ -106,7 +109,10 @@ def test_replies_are_those_of_the_agents(asked):
         found = []
         for question in questions:
             thought, answer = await pair.answer(question)
-            found.append((await direct.answer(question), thought, answer))
+            steps = await pair.reasoning.reason(question)
+            final = await FinalAgent(engine, PROMPTS, short).answer(question, steps.text)
+            unaided = await pair.summary.answer(question, None)
+            found.append((await direct.answer(question), thought, answer, final, unaided))
         await engine.close()
         return found
 
@@ -116,7 +122,7 @@ def test_replies_are_those_of_the_agents(asked):
             data = pictures.bytes(question.pictures[0])
             replies = [
                 await client.post("/v1/chat/completions", json=body(question.text, data, model))
-                for model in ("direct", "multi-agent", "single-agent")
+                for model in ("direct", "multi-agent", "single-agent", *ALONE)
             ]
             flow = await client.post(
                 "/v1/chat/completions", json=body(question.text, data, "multi-agent", stream=True)
@@ -124,7 +130,7 @@ def test_replies_are_those_of_the_agents(asked):
             found.append((replies, flow))
         return found
 
-    for (direct, thought, answer), (replies, flow) in zip(
+    for (direct, thought, answer, final, unaided), (replies, flow) in zip(
         asyncio.run(alone()), serve(served), strict=True
     ):
         assert said(replies[0]) == {"role": "assistant", "content": direct.text}
@@ -134,6 +140,9 @@ def test_replies_are_those_of_the_agents(asked):
         assert usage["completion_tokens"] == thought.tokens + answer.tokens
         assert usage["prompt_tokens"] > 64  # the picture is among them
         assert said(replies[2])["reasoning_content"]
+        assert said(replies[3])["content"] == final.text
+        assert said(replies[3])["reasoning_content"] == thought.text
+        assert said(replies[4]) == {"role": "assistant", "content": unaided.text}
         joined, order = streamed(flow.text)
         assert joined["content"] == answer.text
         assert order.index("content") > order.index("reasoning_content")
@@ -161,6 +170,54 @@ def test_both_agents_get_the_picture(asked):
     for model in MODELS:
         one, two = (found[key] for key in found if key[0] == model)
         assert one != two
+
+
+def test_both_agents_are_shown_every_picture_as_tokens(asked):
+    """What each engine is asked, in every mode: the pictures, which its prompt then holds."""
+    questions, pictures = asked
+    question = questions[0]
+    names = list(dict.fromkeys(name for other in questions for name in other.pictures))[:2]
+    heard: dict[str, list] = {}
+
+    class Heard:
+        def __init__(self, role, held):
+            self.engine, self.role = load_engine(TINY, HERE, held), role
+
+        async def complete(self, request):
+            there, bare = self.engine.count(request), replace(request, pictures=())
+            heard.setdefault(self.role, []).append((request, there - self.engine.count(bare)))
+            return await self.engine.complete(request)
+
+        def __getattr__(self, name):
+            return getattr(self.engine, name)
+
+    async def whole():
+        held = LentPictures()
+        agents = Agents(lambda role: Heard(role, held), PROMPTS, ENTRY)
+        transport = httpx2.ASGITransport(application(agents, held, KEY))
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx2.AsyncClient(
+            transport=transport, base_url="http://here", headers=headers
+        ) as client:
+            for model in MODELS:
+                sent = body(question.text, pictures.bytes(names[0]), model, max_tokens=4)
+                shown = {"type": "image_url", "image_url": {"url": url(pictures.bytes(names[1]))}}
+                sent["messages"][0]["content"] += [shown, {"type": "text", "text": "Well?"}]
+                said(await client.post("/v1/chat/completions", json=sent))
+        await agents.close()
+
+    asyncio.run(whole())
+    assert {role: len(found) for role, found in heard.items()} == {
+        "base": 3,  # directly, and reasoning in two turns
+        "single": 1,
+        "summary": 2,  # alone, and after the reasoning agent
+        "reasoning": 1,
+    }
+    for request, tokens in itertools.chain(*heard.values()):
+        assert request.pictures == tuple(names)
+        assert tokens >= 2 * 64
+        words = [message.text for message in request.messages if message.role == "user"]
+        assert f"{question.text}\n(picture 2)\nWell?" in words[0]
 
 
 def test_draws_follow_the_request(asked):

@@ -11,12 +11,13 @@ from training_case import Here, family, sample_rows, store
 
 from hpc.errors import UserError
 from insightv import chats, models
-from insightv.training import torch_backend
+from insightv.training import policy
 from insightv.training.batches import Encoder, encode_all
 from insightv.training.config import SFTConfig
 from insightv.training.objectives import Supervised, Totals
 from insightv.training.packing import Batch, Packer
-from insightv.training.torch_backend import TorchBackend, token_logps
+from insightv.training.policy import token_logps
+from insightv.training.torch_backend import TorchBackend
 from insightv.training.trainer import train_sft
 
 
@@ -107,9 +108,9 @@ def test_logits_in_pieces_and_recomputed_activations_change_nothing(pictures, mo
     backend = TorchBackend(family("llava"), config())
     batches = packed(backend, examples(backend, pictures), 10**6)
     loss, whole = gradients(backend, batches)
-    monkeypatch.setattr(torch_backend, "LOGITS", 10 * 500)
+    monkeypatch.setattr(policy, "LOGITS", 10 * 500)
     again, pieces = gradients(backend, batches)
-    monkeypatch.setattr(torch_backend, "_POSTPROCESSED", ("vocab_size",))
+    monkeypatch.setattr(policy, "_POSTPROCESSED", ("vocab_size",))
     third, full = gradients(backend, batches)
     recomputing = TorchBackend(family("llava"), config(recompute=True))
     fourth, thrifty = gradients(recomputing, batches)
@@ -174,7 +175,7 @@ def test_attention_by_products_is_attention(pictures, monkeypatch):
     assert backend.model.config._attn_implementation == "sdpa"
     short = backend.loss(batches[0], Supervised())
     assert backend.model.config._attn_implementation == "eager"
-    monkeypatch.setattr(torch_backend, "SHORT", 8)
+    monkeypatch.setattr(policy, "SHORT", 8)
     assert backend.loss(batches[0], Supervised()) == pytest.approx(short, rel=2e-3)
     assert backend.model.config._attn_implementation == "sdpa"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import stat
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from hpc.config import unhashed, unhashed_factory
+from hpc.container import Container
+from hpc.disk import expanded
 from hpc.errors import UserError
 
 PRESETS = ("vllm", "sglang", "transformers")
@@ -115,6 +116,9 @@ class ServerConfig:
                 raise UserError(f"{name}.{field} is {getattr(self, field)}: give seconds above 0")
         if self.options and not self.preset:
             raise UserError(f"{name}.options: only presets take them; write them into command")
+        if self.binds and not self.image:
+            raise UserError(f"{name}.binds: only an image sees them; give image, or no binds")
+        Container(self.image, binds=self.binds).validate(name)
         if self.image and self.python and not self.python.startswith("/"):
             raise UserError(f"{name}.python: give the interpreter's path in the image, or nothing")
 
@@ -151,7 +155,7 @@ def read_key(name: str, option: str = "engine.server.key_file") -> str:
     """
     if not name:
         return ""
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         key = path.read_text().strip()
         mode = path.stat().st_mode

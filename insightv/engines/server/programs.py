@@ -13,6 +13,7 @@ import yaml
 
 from hpc.container import Container
 from hpc.container import command as contained
+from hpc.disk import expanded
 from hpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def words(config: EngineConfig, place: Place) -> list[str]:
     make = {"vllm": _vllm, "sglang": _sglang, "transformers": _transformers}.get(server.preset)
     command = make(config, place) + server.options if make else _custom(config, place, key_file)
     if server.image:
-        image = Container(str(Path(server.image).expanduser().absolute()), binds=server.binds)
-        image.validate()
+        image = Container(str(expanded(server.image).absolute()), binds=server.binds)
         if shutil.which(image.runtime) is None:
             raise UserError(
                 f"engine.server.image: there is no {image.runtime} here; a worker that is in an "
@@ -95,7 +95,7 @@ def variables(config: EngineConfig, place: Place) -> dict[str, str]:
     server = config.server
     dropped = {*_RENDEZVOUS, *(_PYTHON if server.python else ())}
     env = {name: value for name, value in os.environ.items() if name not in dropped}
-    root = Path(server.cache).expanduser().absolute() if server.cache else place.folder
+    root = expanded(server.cache).absolute() if server.cache else place.folder
     env |= {name: str(root / folder) for name, folder in _CACHES.items()}
     env |= {KEY: place.key, "VLLM_API_KEY": place.key, "PYTHONUNBUFFERED": "1"}
     # The model is a folder here; nothing is fetched, and nobody is told.
@@ -179,7 +179,7 @@ def _write_secret(path: Path, text: str) -> None:
 
 
 def _absolute(program: str) -> str:
-    return str(Path(program).expanduser().absolute()) if "/" in program else program
+    return str(expanded(program).absolute()) if "/" in program else program
 
 
 def _listening(place: Place) -> list[str]:

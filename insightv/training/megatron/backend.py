@@ -21,6 +21,7 @@ from hpc.errors import UserError
 from insightv import models
 from insightv.training.attention import attention_mask, span_table
 from insightv.training.backend import Outcome, whole_batch
+from insightv.training.checkpoint import Write
 from insightv.training.config import TrainConfig
 from insightv.training.megatron.families import shape_of
 from insightv.training.megatron.model import Inputs, build, initialise, logprobs
@@ -148,9 +149,9 @@ class MegatronBackend:
         tokens, positions = batch.inputs["input_ids"], batch.inputs["position_ids"]
         return Inputs(tokens, positions, mask, pictures, batch.places)
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> Write:
         """See `Backend`; what it writes, any layout resumes."""
-        self._optimizer.save(self._pieces, self._shape, self._layout, folder)
+        return self._optimizer.snapshot(self._pieces, self._shape, self._layout)
 
     def resume(self, folder: Path) -> None:
         """See `Backend`.

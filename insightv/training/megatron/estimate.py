@@ -19,21 +19,23 @@ class Memory:
     """Bytes on one rank of a stage.
 
     Attributes:
-        weights: bf16.
+        weights: As they compute: bf16, mostly.
         gradients: fp32, of what is trained.
         optimizer: fp32 weights and Adam's two moments, cut over data parallel copies.
         activations: Kept for the backward pass at the schedule's worst moment.
+        buffers: What is gathered or exchanged at once.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    buffers: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def memory(
     load: Load,
     vision: int = 0,
     vision_trained: int = 0,
+    half: bool = True,
 ) -> Memory:
     """What one rank of a stage needs.
 
@@ -127,6 +130,7 @@ def memory(
         load: What a rank works on.
         vision: Numbers in the vision part.
         vision_trained: How many of them are trained (the projector, where the tower is frozen).
+        half: bf16 weights beside the optimizer's fp32 ones; otherwise fp32 ones alone.
 
     Raises:
         UserError: The layout does not fit the ranks or the layers.
@@ -135,8 +139,8 @@ def memory(
     weights = language + (vision if stage == 0 else 0)
     trained = language + (vision_trained if stage == 0 else 0)
     return Memory(
-        weights=2 * weights,
+        weights=(2 if half else 4) * weights,
         gradients=4 * trained,
-        optimizer=12 * trained // layout.data_parallel(ranks),
-        activations=activations(shape, layout, stage, load),
+        optimizer=(12 if half else 8) * trained // layout.data_parallel(ranks),
+        activations=(1 if half else 2) * activations(shape, layout, stage, load),
     )

@@ -140,7 +140,7 @@ def language_name(dialect: Dialect, name: str) -> str:
 
 
 def shape_of(config: Any) -> Shape:
-    """The sizes of a vision-language model's language model.
+    """The sizes of a vision-language model's language model, if megatron-core can compute it.
 
     Args:
         config: A transformers configuration of the whole model.
@@ -151,7 +151,6 @@ def shape_of(config: Any) -> Shape:
     text = config.get_text_config()
     kind = text.model_type
     rope = text.rope_parameters
-    heads = text.num_attention_heads
     wrong = {
         f"language model {kind!r} (known: {', '.join(LANGUAGES)})": kind not in LANGUAGES,
         f"activation {text.hidden_act!r} (known: silu)": text.hidden_act != "silu",
@@ -167,6 +166,13 @@ def shape_of(config: Any) -> Shape:
             raise UserError(
                 f"the megatron backend does not compute {what}: use the torch or deepspeed backend"
             )
+    return any_shape_of(config)
+
+
+def any_shape_of(config: Any) -> Shape:
+    """The sizes of a vision-language model's language model, whatever else it computes."""
+    text = config.get_text_config()
+    kind, heads = text.model_type, text.num_attention_heads
     return Shape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,

@@ -21,6 +21,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, distributed
 
 from hpc.errors import UserError
+from insightv.training.checkpoint import Write
 from insightv.training.folder import Writer
 from insightv.training.megatron import cpu
 from insightv.training.megatron.folders import Folder
@@ -90,34 +91,41 @@ class Adam:
             self._whole.step_with_ready_grads()
         return norm, True
 
-    def save(
-        self,
-        pieces: Sequence[VisionLanguageModel],
-        shape: Shape,
-        layout: Layout,
-        folder: Path,
-    ) -> None:
-        """Writes fp32 weights, moments and the step count; every rank must call it.
+    def snapshot(
+        self, pieces: Sequence[VisionLanguageModel], shape: Shape, layout: Layout
+    ) -> Write:
+        """Gathers fp32 weights, moments and the step count; every rank must call it.
+
+        A stage's tensors are spread over its copies, on the first tensor parallel rank of each.
 
         Args:
             pieces: This rank's part of the model.
             shape: The language model's sizes.
             layout: How it is laid over the ranks.
-            folder: An empty folder on a file system that all ranks see.
+
+        Returns:
+            Writes this rank's share, into a folder on a file system that all ranks see.
         """
-        writes = parallel_state.get_data_parallel_rank() == 0
-        writer = Writer(folder, parallel_state.get_pipeline_model_parallel_rank())
+        copy = parallel_state.get_data_parallel_rank()
+        copies = parallel_state.get_data_parallel_world_size()
+        held: dict[str, Tensor] = {}
         for kind in ("weight", *MOMENTS):
-            for name, tensor in stage_tensors(
-                pieces, shape, layout, partial(self._gathered, kind=kind)
-            ):
-                if writes:
-                    writer.add(f"{kind}.{name}", tensor)
+            tensors = stage_tensors(pieces, shape, layout, partial(self._gathered, kind=kind))
+            for number, (name, tensor) in enumerate(tensors):
+                if number % copies == copy:
+                    held[f"{kind}.{name}"] = tensor
         if distributed.get_rank() == 0:
-            writer.add("step", torch.tensor(self._steps()))
-        writer.close()
-        distributed.barrier()
-        writer.check()
+            held["step"] = torch.tensor(self._steps())
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+
+        def write(folder: Path) -> None:
+            writer = Writer(folder, stage * copies + copy)
+            for name, tensor in held.items():
+                writer.add(name, tensor)
+            writer.close()
+            writer.check()
+
+        return write
 
     @torch.no_grad()
     def resume(
@@ -127,7 +135,7 @@ class Adam:
         layout: Layout,
         folder: Path,
     ) -> None:
-        """Goes back to what `save` wrote, under this or another layout.
+        """Goes back to what `snapshot` was of, under this or another layout.
 
         What is not trained is not in it, and comes from the folder training began from.
 

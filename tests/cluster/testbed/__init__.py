@@ -2,5 +2,16 @@
 
 from .cluster import Testbed, obstacle
 from .layout import ACCOUNT, USER, VARIANTS, Settings, TestbedError
+from .site import Site, answers
 
-__all__ = ["ACCOUNT", "USER", "VARIANTS", "Settings", "Testbed", "TestbedError", "obstacle"]
+__all__ = [
+    "ACCOUNT",
+    "USER",
+    "VARIANTS",
+    "Settings",
+    "Site",
+    "Testbed",
+    "TestbedError",
+    "answers",
+    "obstacle",
+]

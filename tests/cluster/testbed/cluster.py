@@ -46,9 +46,13 @@ class Testbed:
     Args:
         root: See `Layout`.
         say: Told what is being done; nothing by default.
+
+    Attributes:
+        partition: Where jobs of tests go that do not ask for another.
     """
 
     __test__ = False  # for pytest: no class of tests
+    partition = "batch"
 
     def __init__(self, root: Path | None = None, say: Any = lambda text: None) -> None:
         self.layout = Layout(root)
