@@ -30,6 +30,7 @@ from insightv.engines.server import process
 from insightv.engines.server.config import ServerConfig
 from insightv.engines.server.process import ServerGone
 from insightv.engines.server.programs import Place, split_gpus, variables, words
+from insightv.evaluation.statistics import paired_difference
 from insightv.folders import model_folder
 from insightv.pictures import Pictures, PictureWriter
 from insightv.prompting import load_prompts
@@ -484,17 +485,54 @@ def test_a_stage_whose_server_is_killed_twice_has_the_same_keys(tmp_path):
     assert log.read_text().count("Uvicorn running") == 3
 
 
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_paths_drawn_by_a_server_are_right_as_often(tmp_path):
+    """The same model and sampling, other draws: accuracies differ by chance alone."""
+    asked = [
+        "questions={charts: {train: 80}, reading: {train: 10}, shapes: {train: 10}, per_shard: 25}",
+        "generation={paths: 2, max_steps: 6}",
+        "local={slots: 1, workers: 1}",
+        "engine={device: cpu, threads: 1}",
+    ]
+    behind = "engine={kind: server, device: cpu, threads: 1, server: {command: [transformers]}}"
+    stages = ("questions-train", "r0-generate", "r0-judge")
+    plain, served = tmp_path / "plain", tmp_path / "served"
+    assert generate(plain, asked, stages=stages) == generate(served, [*asked, behind], 0, stages)
+    wanted, found = right(plain), right(served)
+    assert list(found) == list(wanted) and len(wanted) == 200
+    drawn = list(wanted.values()), list(found.values())
+    difference = paired_difference(*drawn, [key.split("/")[0] for key in wanted])
+    assert difference.low <= 0 <= difference.high and difference.high - difference.low < 0.25
+    assert 40 < sum(drawn[0]) < 200 and drawn[0] != drawn[1]
+
+
+def right(run):
+    """Each path with whether its answer is right; a path that failed is not."""
+    judged = {
+        row["path"]: bool(row["correct"]) for _, rows in rows_of(run, "judge") for row in rows
+    }
+    return {
+        row["key"]: judged.get(row["key"], False)
+        for _, rows in rows_of(run, "generate")
+        for row in rows
+    }
+
+
+def rows_of(run, stage):
+    folder = run / "stages" / f"r0-{stage}" / "shards"
+    return [group for path in shard_paths(folder) for group in read_groups(path)]
+
+
 def keys(run):
-    folder = run / "stages" / "r0-generate" / "shards"
-    groups = [group for path in shard_paths(folder) for group in read_groups(path)]
-    return [(key, [row["key"] for row in rows]) for key, rows in groups]
+    return [(key, [row["key"] for row in rows]) for key, rows in rows_of(run, "generate")]
 
 
-def generate(run, overrides, kills=0):
+def generate(run, overrides, kills=0, stages=("questions-train", "r0-generate")):
     """Runs a chain's first stages; ends its server so often once paths are there."""
     told = read(SMOKE, overrides)
     whole = assemble(told, RunDir(run))
-    first = [whole.stages[name] for name in ("questions-train", "r0-generate")]
+    first = [whole.stages[name] for name in stages]
     part = Chain(first, whole.run, whole.command, whole.packages)
     run.mkdir()
     (run / "chain.yaml").write_text(dump(told))
