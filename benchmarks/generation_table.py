@@ -77,7 +77,9 @@ def _engine(found: dict[str, Any]) -> Iterator[str]:
     yield "|---|" + "---:|" * len(sizes)
     for name, work in found["workloads"].items():
         for way, rows in work["sizes"].items():
-            cells = [f"{rows[s]['records_a_processor_second']:.1f}" if s in rows else "" for s in sizes]
+            cells = [
+                f"{rows[s]['records_a_processor_second']:.1f}" if s in rows else "" for s in sizes
+            ]
             yield f"| {name}: {_NAMES[way]} | {' | '.join(cells)} |"
 
 
