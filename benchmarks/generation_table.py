@@ -77,9 +77,8 @@ def _engine(found: dict[str, Any]) -> Iterator[str]:
     yield "|---|" + "---:|" * len(sizes)
     for name, work in found["workloads"].items():
         for way, rows in work["sizes"].items():
-            cells = [
-                f"{rows[s]['records_a_processor_second']:.1f}" if s in rows else "" for s in sizes
-            ]
+            rates = {size: f"{row['records_a_processor_second']:.1f}" for size, row in rows.items()}
+            cells = [rates.get(size, "") for size in sizes]
             yield f"| {name}: {_NAMES[way]} | {' | '.join(cells)} |"
 
 

@@ -51,10 +51,10 @@ from insightv.training.reference import Reference  # noqa: E402
 from insightv.training.trainer import train_dpo, train_sft  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
-TILE = 168
-"""Pixels of a tile: 144 tokens, so that a picture of 2 × 2 tiles has 744."""
+TILE = 336
+"""Pixels of a tile, LLaVA-NeXT's own: 576 tokens, so that a picture of 2 × 2 tiles has 2,928."""
 BATCH = {"dpo": 8, "sft": 16}
-BUDGETS = (2048, 8192)
+BUDGETS = (4096, 16384)
 WORDS = (
     *("bar", "value", "axis", "read", "step", "chart", "compare"),
     *("sum", "highest", "lowest", "left", "right", "colour", "total"),
@@ -70,7 +70,7 @@ class Case:
         self.model = save_family(
             "llava-next", folder / "model", hidden=hidden, layers=layers, tile=TILE
         )
-        sides = [(336, 336), (336, 336), (336, 168), (168, 168)]
+        sides = [(2 * TILE, 2 * TILE), (2 * TILE, 2 * TILE), (2 * TILE, TILE), (TILE, TILE)]
         with PictureWriter(folder / "pictures") as writer:
             ids = []
             for number in range(pairs + samples):
