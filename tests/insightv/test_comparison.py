@@ -179,7 +179,8 @@ def test_what_cannot_be_pooled_is_refused(seeds, tmp_path):
         compare([seeds[0], other])
     with pytest.raises(UserError, match="is no run directory"):
         compare([tmp_path])
-    empty = make(tmp_path / "empty", {})
+    empty = make(tmp_path / "empty", {"base": tables_below(50)})
+    RunDir(empty).chain_file.write_text(dump(read(QUICKSTART, ["evaluation.entries=[dpo]"])))
     with pytest.raises(UserError, match="no entry of the ladder is complete"):
         compare([empty])
     assert len(compare([seeds[0], seeds[0]])["conditions"][0]["runs"]) == 1
