@@ -19,6 +19,12 @@ from packaging.utils import parse_wheel_filename
 
 HERE = Path(__file__).parent
 PYTHON = {"cpu": (3, 11), "train": (3, 12), "serve": (3, 12), "lmms": (3, 11)}
+EXTRAS = {
+    "cpu": ("demo",),
+    "train": ("demo", "data", "judge", "deepspeed", "tensorboard"),
+    "serve": ("demo", "data", "judge"),
+}
+"""Of the package's extras: what makes and reads questions, judges answers, trains."""
 _WITHOUT = {"lmms": "torchvision"}
 """What is left out though it is asked for: no task that generates imports it, and beside a torch
 for the CPU it fails to load, and transformers with it."""
@@ -35,8 +41,10 @@ def resolve(name: str) -> dict[str, Any]:
     words += ["--python-platform", "x86_64-manylinux_2_28", "--no-annotate"]
     if name in _WITHOUT:
         words += ["--no-emit-package", _WITHOUT[name]]
+    for extra in EXTRAS.get(name, ()):
+        words += ["--extra", extra]
     if name == "cpu":
-        words += ["--extra", "demo", "-c", HERE.parent / "constraints.txt"]
+        words += ["-c", HERE.parent / "constraints.txt"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pylock.toml"
         subprocess.run([*words, "--quiet", "--output-file", file], check=True)

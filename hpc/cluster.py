@@ -18,7 +18,7 @@ from hpc.stages import Stage
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@&|*!+-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MEMORY = re.compile(r"[1-9]\d*[KMGT]?")
+_MEMORY = re.compile(r"[1-9]\d*[KMGT]")
 _SECRET = re.compile(r"(?i)(api_?key|token|secret|passw|credential)")
 
 _MOST = 10_000_000
@@ -95,7 +95,7 @@ class Resources:
         for name in ("gpus", "parallel", "grace", "gpu_memory"):
             _check_number(f"{where}.{name}", getattr(self, name), 0)
         if self.memory and not _MEMORY.fullmatch(self.memory):
-            raise UserError(f"{where}.memory is {self.memory!r}; give a size such as 16G")
+            raise UserError(f"{where}.memory is {self.memory!r}; give a size and its unit: 16G")
         if self.grace + _EARLY >= 60 * self.minutes:
             raise UserError(
                 f"{where}.grace is {self.grace} s, too long for {self.minutes} min: Slurm may tell "

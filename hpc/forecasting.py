@@ -289,7 +289,7 @@ def _expected(
     shards = source_shards if stage.kind == "map" else 0
     if stage.kind == "job" and taken.shards:
         shards = math.ceil(round(taken.inputs * ratio, 6) / per_shard)
-    workers = max(min(asked.workers, stage.workers, shards), 1) if stage.kind == "map" else 1
+    workers = max(min(asked.workers, shards), 1) if stage.kind == "map" else 1
     nodes, tasks = (asked.nodes, asked.tasks) if stage.distributed else (1, 1)
     fixed = taken.outputs * models
     grown = _around(taken.data * ratio, taken.spread)

@@ -59,7 +59,7 @@ def work_job(
         first = next(iter(stage.inputs.values()))
         source = chain.run.read_manifest(first)
         left = source["shards"] if source and gates.fresh(chain, first) else None
-    workers = min(asked.workers, stage.workers, left or asked.workers)
+    workers = min(asked.workers, left or asked.workers)  # a run's own number is for one machine
     return Job(
         stage=name,
         command=_command(chain, profile, "work", name),

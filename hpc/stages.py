@@ -86,8 +86,9 @@ class Stage:
             named ``dropped: <reason>`` is told when the stage is complete.
         outputs: Paths relative to the run directory that completion demands
             (``models/reasoning``), beside the stage's own shards.
-        workers: How many processes pull at once (map), or how many slots the one process of
-            a job takes, as threads. Never shapes the result.
+        workers: On one machine, how many processes pull at once (map), or how many slots the
+            one process of a job takes, as threads; a cluster's profile has numbers of its own.
+            Never shapes the result.
         resources: The kind of resources a cluster profile knows: ``cpu`` or ``gpu``.
         distributed: For ``job``: run by every rank of the nodes × tasks that a cluster profile
             gives it, at once; the counts of rank 0 are kept, and a rank that returns none was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import shutil
 import sys
@@ -78,6 +79,9 @@ def plan(
     print(_cost(planned, profile))
     for note in (*_idle(assembled, config, planned), *_together(told)):
         print(note)
+    for name in profile.stages.keys() - assembled.stages.keys():
+        near = difflib.get_close_matches(name, assembled.stages, 1, 0.0)[0]
+        print(f"note: the profile's stages.{name} is no stage of this chain; did you mean {near}?")
     for role, model in missing(config).items():
         lost = ", so no bytes of trained models are forecast" if role == "base" else ""
         print(
@@ -128,14 +132,16 @@ def _first(names: Sequence[str]) -> str:
 def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     """Makes a run directory whose jobs somebody submits by hand: what `submit` writes first."""
     from hpc.executors.batch import write_host
+    from hpc.facts import Facts
     from hpc.naming import make_id
-    from hpc.submission import keep_profile, pinned
+    from hpc.submission import fitted, keep_profile, pinned
 
-    run = chain.run
+    # Before anything is written: it asks for the image and for Slurm.
+    run, profile = chain.run, fitted(pinned(chain, profile), Facts(profile.submit.patience))
     run.create()
     with run.lock():
         save(chain, config, remake=False, held=True)
-        keep_profile(run, pinned(chain, profile))
+        keep_profile(run, profile)
         make_id(run)
         write_host(run.path / "slurm")
         run.add_provenance(chain.packages, chain.image)

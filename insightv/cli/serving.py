@@ -34,9 +34,7 @@ def serve(
 
         from insightv.serving import MODELS, Agents, LentPictures, application
     except ImportError as error:
-        raise UserError(
-            f"insightv serve needs {error.name}: pip install 'insightv-hpc[serve]'"
-        ) from None
+        raise UserError(f"insightv serve needs {error.name}: pip install -e '.[serve]'") from None
     from insightv.engines import Engine, load_engine
     from insightv.evaluation.answering import EntryConfig
     from insightv.folders import model_folder

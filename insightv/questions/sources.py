@@ -29,7 +29,7 @@ BATCH = 16
 """Rows of Parquet held at once; a row may hold several megabytes of pictures."""
 BUFFER = 1 << 20
 """Bytes of a Parquet column read at once."""
-INSTALL = 'pip install "insightv-hpc[data]"'
+INSTALL = "pip install -e '.[data]'"
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def profile(tmp_path: Path, text: str) -> Profile:
         ("partition: 'a b; rm'", "partition"),
         ("export: [PATH, OPENAI_API_KEY]", "OPENAI_API_KEY.*environment"),
         ("cpu: {memory: lots}", "16G"),
+        ("cpu: {memory: 64}", "'64'; give a size and its unit"),
         ("stages: {x: {workers: 0}}", r"stages\.x\.workers"),
         ("gate: {retries: -1}", "retries"),
     ],

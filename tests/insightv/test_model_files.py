@@ -254,3 +254,16 @@ def test_a_picture_and_the_longest_chain_fit_the_context(path):
     assert config.training.reasoning.max_length <= positions
     budget = config.training.reasoning.tokens_per_micro_batch
     assert budget >= config.training.reasoning.max_length
+
+
+def test_a_cluster_has_as_many_workers_as_its_profile_says(profile, monkeypatch, capsys, tmp_path):
+    """What a chain says of one machine is not for nodes."""
+    profile.write_text("gpu: {gpus: 8, workers: 16}\nstages: {r0-generat: {gpus: 8}}\n")
+    words = ["plan", CONFIGS / "model" / "qwen2.5-vl-7b.yaml", "--cluster", profile]
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call(capsys, monkeypatch, *words)
+    (row,) = [line for line in out.splitlines() if "r0-generate" in line and "128" in line][:1]
+    assert status == 0 and row.split("│")[3].strip() == "16"
+    assert (
+        "note: the profile's stages.r0-generat is no stage of this chain; did you mean r0-g" in out
+    )
