@@ -291,7 +291,7 @@ def _expected(
         shards = math.ceil(round(taken.inputs * ratio, 6) / per_shard)
     workers = max(min(asked.workers, shards), 1) if stage.kind == "map" else 1
     nodes, tasks = (asked.nodes, asked.tasks) if stage.distributed else (1, 1)
-    fixed = taken.outputs * models
+    fixed = taken.outputs * (models if stage.resources == "gpu" else 1.0)  # results are none
     grown = _around(taken.data * ratio, taken.spread)
     beside = _around(taken.beside * ratio, taken.spread)
     expected = Expected(
