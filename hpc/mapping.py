@@ -410,7 +410,7 @@ class Worker:
                 task.cancelled() or task.exception()  # Seen: nothing to complain about at exit.
         try:
             await asyncio.wait_for(mapper.close(), self._pace.close)
-        except Exception:
+        except Exception:  # all work is saved; what would not close is told in the worker's log
             traceback.print_exc()
 
     # ---- telling

@@ -353,6 +353,21 @@ def dpo(config: ChainConfig, training: DPOConfig, policy: Source, tied: Source, 
 # ---- evaluation
 
 
+def _speakers(
+    config: ChainConfig,
+    context: Context,
+    reasoner: Source | None,
+    summariser: Source | None,
+    among: int,
+) -> tuple[Prompts, Engine | None, Engine | None]:
+    """An entry's prompts and the engines of its models, of ``among`` in this process."""
+    texts = (reasoner or summariser or Source("", "default")).texts
+    agents = dict.fromkeys(source for source in (reasoner, summariser) if source is not None)
+    engines = {source: source.engine(config, context, among) for source in agents}
+    first = engines[reasoner] if reasoner else None
+    return texts, first, engines[summariser] if summariser else None
+
+
 def answer(
     config: ChainConfig,
     entry: EntryConfig,
@@ -365,10 +380,8 @@ def answer(
     def load(context: Context) -> Mapper:
         from insightv.evaluation.answering import Answer, donate
 
-        texts = (reasoner or summariser or Source("", "default")).texts
-        agents = dict.fromkeys(source for source in (reasoner, summariser) if source is not None)
-        among = len(agents) + (referee is not None)
-        engines = {source: source.engine(config, context, among) for source in agents}
+        among = len({reasoner, summariser} - {None}) + (referee is not None)
+        texts, first, last = _speakers(config, context, reasoner, summariser, among)
         donors = None
         if entry.mode == "judge_card":
             folders = context.shards("questions"), context.shards("predictions")
@@ -377,8 +390,8 @@ def answer(
             entry,
             texts,
             _judge(config, referee, context, among),
-            engines[reasoner] if reasoner else None,
-            engines[summariser] if summariser else None,
+            first,
+            last,
             config.seed,
             donors,
         )
@@ -441,17 +454,16 @@ def benchmark(
         from insightv.assessment.judge import Judge, JudgeConfig
         from insightv.evaluation.benchmarks import ByTask, made_with
 
-        texts = (reasoner or summariser or Source("", "default")).texts
-        agents = dict.fromkeys(source for source in (reasoner, summariser) if source is not None)
-        engines = {source: source.engine(config, context, len(agents)) for source in agents}
+        among = len({reasoner, summariser} - {None})
+        texts, first, last = _speakers(config, context, reasoner, summariser, among)
         sampling = made_with(context.shards("questions"))["sampling"]
         rules = {task: config.benchmarks.judged(task, config.judge.rules) for task in sampling}
         return ByTask(
             entry,
             texts,
             {task: Judge(None, texts, JudgeConfig(rule)) for task, rule in rules.items()},
-            engines[reasoner] if reasoner else None,
-            engines[summariser] if summariser else None,
+            first,
+            last,
             config.seed,
             sampling,
         )

@@ -71,6 +71,12 @@ class Ladder(Rounds):
             return self._single_round()
         return self._fine_tuned(name)
 
+    def _speakers(self, entry: EntryConfig) -> tuple[Source | None, Source | None]:
+        """The models of who reasons, or answers alone, and of who answers last."""
+        reasoner, summariser = entry.reasoning_model, entry.summary_model
+        first = self._model(reasoner) if reasoner else None
+        return first, self._model(summariser) if summariser else None
+
     def _entry(self, name: str) -> str:
         """An entry of the ladder on the evaluation's questions."""
         stage = f"eval-{name}".replace("_", "-")
@@ -94,8 +100,7 @@ class Ladder(Rounds):
             reasoning_from=COMPARED if "predictions" in inputs else "",
         )
         entry.validate()
-        first = self._model(reasoner) if reasoner else None
-        last = self._model(summariser) if summariser else None
+        first, last = self._speakers(entry)
         return self._map(
             stage,
             inputs=inputs,
@@ -134,8 +139,7 @@ class Ladder(Rounds):
                 reasoning=config.evaluation.reasoning,
                 answer=config.evaluation.answer,
             )
-            first = self._model(reasoner) if reasoner else None
-            last = self._model(summariser) if summariser else None
+            first, last = self._speakers(entry)
             inputs[name] = self._map(
                 f"lmms-{name}".replace("_", "-"),
                 inputs={"questions": questions},

@@ -137,11 +137,12 @@ def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     from hpc.submission import fitted, keep_profile, pinned
 
     # Before anything is written: it asks for the image and for Slurm.
-    run, profile = chain.run, fitted(pinned(chain, profile), Facts(profile.submit.patience))
+    run, facts = chain.run, Facts(profile.submit.patience)
+    profile = fitted(pinned(chain, profile), facts)
     run.create()
     with run.lock():
         save(chain, config, remake=False, held=True)
-        keep_profile(run, profile)
+        keep_profile(run, profile, facts)
         make_id(run)
         write_host(run.path / "slurm")
         run.add_provenance(chain.packages, chain.image)

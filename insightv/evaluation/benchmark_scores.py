@@ -18,7 +18,7 @@ from hpc import shards
 from hpc.rundir import RunDir, read_json, write_json
 from hpc.stages import Context, Counts, Row
 from insightv.evaluation.benchmarks import BenchmarksConfig, fresh, made_with, run_harness
-from insightv.evaluation.statistics import accuracy, paired_difference
+from insightv.evaluation.statistics import accuracy, paired_difference, verdict_name
 from insightv.records import Question
 
 SCORES = "lmms-scores"
@@ -83,7 +83,6 @@ def _records(
             }
             row = told.get(key)
             own = row and row["correct"] if question.answer else None
-            lmms = _main(scores.get(task, {}), doc)
             rows.append(
                 {
                     "key": f"{key}@{entry}",
@@ -94,18 +93,17 @@ def _records(
                     "lmms": metrics,
                     "correct": own,
                     "rule": row["rule"] if row else "failed",
-                    "differs": own is not None and lmms is not None and own != (lmms >= 0.5),
+                    "differs": _differs(own, scores.get(task, {}), doc),
                 }
             )
         yield key, rows
 
 
-def _main(scores: Mapping[str, Any], doc: str) -> float | None:
-    """What a question counts in the task's first metric that has it."""
-    for row in scores.values():
-        if (value := row["documents"].get(doc)) is not None:
-            return float(value)
-    return None
+def _differs(own: bool | None, scores: Mapping[str, Any], doc: str) -> bool:
+    """Whether a verdict is not that of the task's first metric that has the question."""
+    told = (row["documents"].get(doc) for row in scores.values())
+    lmms = next((float(value) for value in told if value is not None), None)
+    return own is not None and lmms is not None and own != (lmms >= 0.5)
 
 
 def summary(questions: Mapping[str, Question], found: Mapping[str, Any], seed: int) -> Row:
@@ -177,11 +175,9 @@ def _own(
         [questions[key].group for key in decided],
         seed,
     )
-    differ = []
-    for key in decided:
-        lmms = _main(scores.get(task, {}), _doc(key))
-        if lmms is not None and bool(told[key]["correct"]) != (lmms >= 0.5):
-            differ.append(key)
+    differ = [
+        key for key in decided if _differs(told[key]["correct"], scores.get(task, {}), _doc(key))
+    ]
     return {
         "task": task,
         "entry": entry,
@@ -197,11 +193,10 @@ def _own(
 def _confusion(told: Mapping[str, Row], keys: Iterable[str]) -> dict[str, int]:
     """Reasoning × answer by this package's own verdicts, as in `results.confusion`."""
     counts: Counter[str] = Counter()
-    names = {True: "right", False: "wrong", None: "undecided"}
     for row in (told[key] for key in keys if key in told):
         if row["reasoning"] and row["reasoning_answer"]:
-            reasoning, answer = names[row["reasoning_correct"]], names[row["correct"]]
-            counts[f"reasoning_{reasoning}_answer_{answer}"] += 1
+            reasoning = verdict_name(row["reasoning_correct"])
+            counts[f"reasoning_{reasoning}_answer_{verdict_name(row['correct'])}"] += 1
     return dict(sorted(counts.items()))
 
 

@@ -10,10 +10,8 @@ the same answers.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections import Counter
@@ -26,10 +24,13 @@ from typing import TYPE_CHECKING, Any
 from hpc import shards
 from hpc.config import unhashed
 from hpc.disk import expanded, make_folder
-from hpc.errors import UserError, printable
+from hpc.errors import UserError
+from hpc.logs import last_line
 from hpc.rundir import read_json, write_json
 from hpc.stages import Context, Counts, Row
 from insightv.assessment.decision import RuleConfig, normal
+from insightv.engines.server.guard import end
+from insightv.engines.server.programs import inherited
 from insightv.evaluation.answering import Answer, EntryConfig
 from insightv.pictures import PictureWriter
 from insightv.questions.texts import LETTERS, kind_of, options_of, said_with_pictures
@@ -292,38 +293,16 @@ def run_harness(config: BenchmarksConfig, command: str, work: Path, context: Con
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_TICK)
         finally:
-            _end(process)
+            if process.poll() is None:
+                end(process, _GRACE)
     if process.returncode:
-        raise UserError(f"lmms-eval failed: {_last_line(log)}; see {log}")
+        raise UserError(f"lmms-eval failed: {last_line(log) or 'it said nothing'}; see {log}")
     return True
 
 
 def _environment(config: BenchmarksConfig) -> dict[str, str]:
-    """This process's, less what would mislead another Python and what speaks of a rendezvous."""
-    other = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    dropped = {*other, *ranks}
-    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    env = inherited(other_python=True)
     env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not config.network:
         env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return env
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends it with what it has started."""
-    if process.poll() is not None:
-        return
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
-            return
-
-
-def _last_line(log: Path) -> str:
-    """What it said last, printable and short."""
-    tail = log.read_bytes()[-8192:].decode("utf-8", "replace").strip().splitlines()
-    said = tail[-1].strip() if tail else "it said nothing"
-    return printable(said)[:300]

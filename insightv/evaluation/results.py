@@ -25,7 +25,7 @@ from hpc.rundir import RunDir, write_json
 from insightv.evaluation import stopping
 from insightv.evaluation.benchmark_scores import read_scores
 from insightv.evaluation.funnel import complete, funnel, known, shard_folder, stage_names
-from insightv.evaluation.statistics import Estimate, accuracy, paired_difference
+from insightv.evaluation.statistics import Estimate, accuracy, paired_difference, verdict_name
 from insightv.records import Question
 
 Results = dict[str, Any]
@@ -202,7 +202,7 @@ def read_predictions(run: Path) -> Asked:
             reasoning = "none"
             if row["reasoning"]:
                 found = row["reasoning_answer"] or row["reasoning_correct"] is not None
-                reasoning = _name(row["reasoning_correct"]) if found else "unanswered"
+                reasoning = verdict_name(row["reasoning_correct"]) if found else "unanswered"
             asked.told.setdefault(row["entry"], {})[row["question"]] = Told(
                 row["correct"], reasoning, row["tokens"]
             )
@@ -219,10 +219,6 @@ def read_predictions(run: Path) -> Asked:
 def ladder_place(entry: str) -> tuple[int, str]:
     """Sorts entries: the ladder's in its order, then the controls."""
     return (LADDER.index(entry) if entry in LADDER else len(LADDER), entry)
-
-
-def _name(correct: bool | None) -> str:
-    return "undecided" if correct is None else "right" if correct else "wrong"
 
 
 def _interval(estimate: Estimate) -> list[float] | None:
@@ -308,7 +304,7 @@ def confusion(asked: Asked, entries: Iterable[str]) -> dict[str, dict[str, int]]
     for entry in entries:
         for key, told in asked.told[entry].items():
             if told.reasoning != "none" and asked.questions[key][0] == asked.main:
-                table[entry][f"reasoning_{told.reasoning}_answer_{_name(told.correct)}"] += 1
+                table[entry][f"reasoning_{told.reasoning}_answer_{verdict_name(told.correct)}"] += 1
     return {
         entry: dict(sorted(counts.items()))
         for entry, counts in table.items()

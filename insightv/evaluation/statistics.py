@@ -25,6 +25,11 @@ _CHUNK = 2**24
 Array = NDArray[np.float64]
 
 
+def verdict_name(correct: bool | None) -> str:
+    """A verdict in a word."""
+    return "undecided" if correct is None else "right" if correct else "wrong"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A value, its interval, and how much it rests on.

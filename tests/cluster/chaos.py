@@ -261,7 +261,7 @@ def chaos(cluster: Testbed, seed: int, faults: int) -> Chaos:
     run = Run(cluster, asked)
     # Long enough that every fault finds work; short shards, so that many are handed over.
     count = max(24, 3 * faults)
-    run.submit(f"n={count}", "per_shard=6", "workers=4", "pause=1.0", "steps=5")
+    run.submit(f"n={count}", "per_shard=6", "pause=1.0", "steps=5")
     made = Chaos(cluster, run, random.Random(seed))
     made.go(faults)
     return made

@@ -56,7 +56,7 @@ def losses(cluster: Testbed, seed: int, kills: int) -> list[Loss]:
     run = Run(cluster, asked)
     # Work for twice as long as the kills are likely to take.
     count = 2 * 4 * kills * sum(_BETWEEN) // 2
-    size = (f"n={count}", "per_shard=100", "workers=4", "pause=2.0", f"only={STAGE}")
+    size = (f"n={count}", "per_shard=100", "pause=2.0", f"only={STAGE}")
     run.submit("small=true", "calls=true", *size)
     struck: list[tuple[str, str, float]] = []
     while len(struck) < kills:

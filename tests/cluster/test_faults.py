@@ -232,7 +232,7 @@ def test_a_worker_without_work_leaves(cluster: Testbed) -> None:
     asked = profile(linger=1.0)
     asked.cpu.workers = 3
     run = Run(cluster, asked)
-    run.submit("small=true", "n=24", "per_shard=12", "workers=3", "pause=5.0", "only=double")
+    run.submit("small=true", "n=24", "per_shard=12", "pause=5.0", "only=double")
     run.check()
     ends = sorted(run.ended("double"), key=lambda entry: entry["time"])
     assert [entry["status"] for entry in ends] == [0, 0, 0]
@@ -277,7 +277,9 @@ def test_the_controller_dies(cluster: Testbed) -> None:
 
 def test_gates_are_killed(cluster: Testbed) -> None:
     """With their node: between the two submissions, and before the dependencies are rewritten."""
-    between, before = runs = [Run(cluster) for _ in range(2)]
+    alone = profile()
+    alone.cpu.workers = 1
+    between, before = runs = [Run(cluster, alone) for _ in range(2)]
     asleep = []
     for run, tool, pattern in (
         (between, "sbatch", "*double.gate-a1*"),
@@ -285,7 +287,7 @@ def test_gates_are_killed(cluster: Testbed) -> None:
     ):
         environment, sleeps = run.interpose(tool, pattern)
         asleep.append(sleeps)
-        run.submit(*SLOW, "workers=1", env=environment)
+        run.submit(*SLOW, env=environment)
     for run in runs:
         run.working("double")
         run.kill("double")

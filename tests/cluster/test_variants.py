@@ -30,11 +30,14 @@ def all_ended(run: Run, role: str) -> list[dict[str, int]]:
 
 def test_a_limit_on_jobs(cluster: Testbed) -> None:
     """A quality of service that takes eight jobs and runs two of them at once."""
-    run = Run(cluster, profile(qos="few"))
+    asked = profile(qos="few")
+    run = Run(cluster, asked)
     done = run.submit("n=24", check=False)
     assert done.returncode == 2 and "QOS few allows 8" in done.stderr
     assert not run.submitted() and not run.queue()
-    run.submit(*SMALL, "workers=1")
+    asked.cpu.workers = 1  # what the refusal advises
+    run.write(asked)
+    run.submit(*SMALL)
     run.check()
 
 

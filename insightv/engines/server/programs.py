@@ -90,11 +90,16 @@ def words(config: EngineConfig, place: Place) -> list[str]:
     return command
 
 
+def inherited(other_python: bool) -> dict[str, str]:
+    """This process's environment without its rendezvous, and what misleads another Python."""
+    dropped = {*_RENDEZVOUS, *(_PYTHON if other_python else ())}
+    return {name: value for name, value in os.environ.items() if name not in dropped}
+
+
 def variables(config: EngineConfig, place: Place) -> dict[str, str]:
     """The server's environment: the worker's, less what would mislead it."""
     server = config.server
-    dropped = {*_RENDEZVOUS, *(_PYTHON if server.python else ())}
-    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    env = inherited(other_python=bool(server.python))
     root = expanded(server.cache).absolute() if server.cache else place.folder
     env |= {name: str(root / folder) for name, folder in _CACHES.items()}
     env |= {KEY: place.key, "VLLM_API_KEY": place.key, "PYTHONUNBUFFERED": "1"}
