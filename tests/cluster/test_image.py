@@ -139,7 +139,7 @@ class Whole(Run):
             line = process.info["cmdline"] or [""]
             if "python" in Path(line[0]).name and str(self.path) in line:
                 inside = Path("/proc", str(process.pid), "root", LOCK).exists()
-                if process.is_running():
+                if inside or alive(process):
                     self.seen.add((line[line.index(str(self.path)) - 1], inside))
 
     def wait(self, seconds: float = PATIENCE) -> None:
@@ -187,9 +187,9 @@ def test_the_method_inside_the_cpu_image(cluster: Testbed, cpu_image: Path, chai
     run.kill("r1-generate")
     run.wait(2 * HOUR)
     assert {e["attempt"] for e in run.submitted() if e["stage"] == "r1-generate"} == {0, 1}
+    assert ("work", True) in run.seen and all(inside for _, inside in run.seen), run.seen
     (start,) = read_json(run.dir.provenance)["starts"]
     assert start["image"]["path"] == str(cpu_image)
-    # Where the code lies that wrote a manifest: in the image, and nowhere on the nodes.
     manifests = {
         path.parent.name: read_json(path) for path in run.path.glob("stages/*/manifest.json")
     }
@@ -197,6 +197,14 @@ def test_the_method_inside_the_cpu_image(cluster: Testbed, cpu_image: Path, chai
     for manifest in manifests.values():
         assert manifest["image"] == start["image"]["sha256"]
     assert read_json(run.path / "results.json")["ladder"]
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it has not ended in the meantime, waited for or not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def states(cluster: Testbed, run: Run, stage: str) -> set[str]:
