@@ -168,16 +168,14 @@ def cpu_image(testbed: Testbed, base: Path, tmp_path_factory: pytest.TempPathFac
         done = making.insightv(*words, timeout=3600)
         assert done.returncode == 0, done.stdout + done.stderr
     shutil.rmtree(bundle)
+    testbed.wait_ready()  # a machine that is busy building may not answer its controller in time
     return hand_over(testbed, target, testbed.folder("cpu"))
 
 
 @pytest.mark.timeout(3 * HOUR)
 @pytest.mark.parametrize("chain", ["smoke", pytest.param("quickstart", marks=pytest.mark.full)])
-def test_the_method_inside_the_cpu_image(cpu_image: Path, cluster: Testbed, chain: str) -> None:
-    """Every payload, through a preemption and a gate's retry.
-
-    The image comes first: while it is built, nodes may be too busy to answer their controller.
-    """
+def test_the_method_inside_the_cpu_image(cluster: Testbed, cpu_image: Path, chain: str) -> None:
+    """Every payload, through a preemption and a gate's retry."""
     asked = read_profile(making.ROOT / "configs" / "cluster" / "testbed-apptainer.yaml")
     asked.partition, asked.container.image = "low", str(cpu_image)
     run = Whole(cluster, asked)
