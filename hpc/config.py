@@ -1,7 +1,8 @@
 """Configuration: YAML over dataclasses, with errors that name the nearest key.
 
 Fields shape results unless they are marked with `unhashed`; the digest of the shaping
-fields is what a stage is known by.
+fields is what a stage is known by. A field that is added once runs exist is marked with
+`later`, so that those runs keep their digests.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hpc.errors import UserError
 T = TypeVar("T")
 
 _UNHASHED = {"hashed": False}
+_LATER = {"later": True}
 
 
 def unhashed(default: T) -> T:
@@ -37,6 +39,24 @@ def unhashed(default: T) -> T:
 def unhashed_factory(factory: Callable[[], T]) -> T:
     """Like `unhashed`, for a mutable default."""
     made: T = dataclasses.field(default_factory=factory, metadata=_UNHASHED)
+    return made
+
+
+def later(default: T) -> T:
+    """A dataclass field that came after there were runs; it shapes results like any other.
+
+    It enters `shaping` and `digest` only where its value is not ``default``, so what was made
+    before the field existed is known by the same digest as what is made with its default. The
+    default has to be what the code did before, and can never be another: a finished run that
+    does not name the field means this value.
+    """
+    made: T = dataclasses.field(default=default, metadata=_LATER)
+    return made
+
+
+def later_factory(factory: Callable[[], T]) -> T:
+    """Like `later`, for a mutable default or a whole section."""
+    made: T = dataclasses.field(default_factory=factory, metadata=_LATER)
     return made
 
 
@@ -77,9 +97,15 @@ def load(
         return cast(T, OmegaConf.to_object(config))
 
 
-def shaping(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that shape results, recursively, as plain JSON values."""
-    plain = _plain(config)
+def shaping(config: Any, defaults: bool = False) -> dict[str, Any]:
+    """The fields of a dataclass that shape results, recursively, as plain JSON values.
+
+    Args:
+        config: The dataclass, or a mapping.
+        defaults: `later` fields too that stand at their default: to read configurations beside
+            each other, never to be hashed.
+    """
+    plain = _plain(config, defaults)
     if not isinstance(plain, dict):
         raise TypeError(f"expected a dataclass or a mapping, got {type(config).__name__}")
     return plain
@@ -98,24 +124,34 @@ def dump(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, defaults: bool = False) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: _plain(getattr(value, field.name))
+            field.name: _plain(getattr(value, field.name), defaults)
             for field in dataclasses.fields(value)
             if field.metadata.get("hashed", True)
+            and (defaults or not _as_before(field, getattr(value, field.name)))
         }
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+        return {str(_plain(key)): _plain(item, defaults) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, defaults) for item in value]
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{type(value).__name__} has no place in a configuration: {value!r}")
+
+
+def _as_before(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a `later` field says no more than its absence did."""
+    if not field.metadata.get("later", False):
+        return False
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    return bool(_plain(value) == _plain(default))
 
 
 def _files(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
