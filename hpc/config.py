@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -28,6 +30,9 @@ T = TypeVar("T")
 
 _UNHASHED = {"hashed": False}
 _LATER = {"later": True}
+
+_COLONS = re.compile(r"\d:[0-5]?\d")
+"""What a number to base 60 holds: looking for it is cheaper than parsing twice."""
 
 
 def unhashed(default: T) -> T:
@@ -158,7 +163,7 @@ def _files(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[str, Any
     """The layers of a file: what it extends first, itself last."""
     if path.resolve() in above:
         raise UserError(f"{path}: extends itself through {above[-1]}; break the circle")
-    values = _read_yaml(path)
+    values = read_yaml(path)
     parents = values.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -172,12 +177,21 @@ def _files(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[str, Any
     return [*layers.values(), (str(path), values)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and plain values of a YAML file, held against no dataclass.
+
+    Raises:
+        UserError: It cannot be read, is not `key: value` lines, or holds a number to base 60.
+    """
     try:
-        read = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        _refuse_colons(text)
+        read = OmegaConf.load(io.StringIO(text))
         # A file that holds a list or a lone word is broken too; an empty one is not.
         if not isinstance(read, DictConfig):
             raise UserError(f"{path}: line 1: expected `key: value` lines, found a list")
+    except _Problem as problem:
+        raise UserError(f"{path}: {problem}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
@@ -191,6 +205,42 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     values = OmegaConf.to_container(read, resolve=False)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _refuse_colons(text: str) -> None:
+    """Refuses what YAML 1.1 takes for a number to base 60.
+
+    ``minutes: 8:00:00`` would be 28,800 minutes, and nobody means that.
+
+    Raises:
+        _Problem: There is one.
+        yaml.YAMLError: The text is no YAML.
+    """
+    for node in _scalars(yaml.compose(text, yaml.SafeLoader)) if _COLONS.search(text) else ():
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and ":" in node.value:
+            read = yaml.safe_load(node.value)
+            raise _Problem(
+                f"line {node.start_mark.line + 1}: YAML reads {node.value} as {read:,}, a number "
+                "to base 60; give a time as one number (minutes: 480), and quote what is text"
+            )
+
+
+def _scalars(root: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    """Every scalar of a YAML tree, keys included; what is repeated by an alias comes once."""
+    seen: set[int] = set()
+    left = [root]
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            yield node
+        elif isinstance(node, yaml.MappingNode):
+            left += [part for pair in reversed(node.value) for part in reversed(pair)]
+        else:
+            left += reversed(node.value)
 
 
 class _Problem(Exception):
@@ -245,6 +295,7 @@ def _override(cls: type, config: DictConfig, override: str) -> None:
     if not equals or not all([*heads, last]):
         raise _Problem("expected key=value, as in seed=1")
     try:
+        _refuse_colons(text)
         parsed = OmegaConf.from_dotlist([f"value={text}"])
     except yaml.YAMLError:
         raise _Problem("the value is not readable as YAML; quote it") from None

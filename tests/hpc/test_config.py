@@ -138,6 +138,12 @@ def test_free_dictionaries_and_lists_are_replaced_but_one_entry_can_be_set(tmp_p
         ("extends: chain.yaml", [], ["extends itself"]),
         ("extends: {a: b}", [], ["extends is {'a': 'b'}", "or a list"]),
         ("extends: [3]", [], ["extends is [3]"]),
+        ("seed: 1\ntraining:\n  steps: 8:00:00 # hours\n", [], ["line 3", "8:00:00", "28,800"]),
+        ("training: {rate: 1:30.5}", [], ["line 1", "1:30.5", "90.5"]),
+        ("training: {tags: [a, '1:30', +12:30]}", [], ["+12:30", "quote"]),
+        ("named:\n  12:30: {name: a}", [], ["line 2", "12:30"]),
+        (None, ["training.steps=1:30:00"], ["override `training.steps=1:30:00`", "5,400"]),
+        (None, ["training.tags=[a, 12:30]"], ["12:30", "750"]),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -146,6 +152,18 @@ def test_what_is_wrong_is_named(
     message = refused(tmp_path, text, *overrides)
     for words in said:
         assert words in message
+
+
+def test_text_with_colons_stays_text(tmp_path: Path) -> None:
+    tags = ["8:00:00", "a:12:30", "0:30", "10.0.0.1:8000", "12:75"]
+    source = tmp_path / "chain.yaml"
+    source.write_text("training: {tags: ['8:00:00', a:12:30, 0:30, 10.0.0.1:8000, 12:75]}")
+    config = load(Config, source)
+    assert config.training.tags == tags
+    # What is written resolved is read again.
+    source.write_text(dump(config))
+    assert load(Config, source) == config
+    assert load(Config, None, ['training.tags=["8:00:00"]']).training.tags == tags[:1]
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
