@@ -90,6 +90,8 @@ class Stage:
             one process of a job takes, as threads; a cluster's profile has numbers of its own.
             Never shapes the result.
         resources: The kind of resources a cluster profile knows: ``cpu`` or ``gpu``.
+        gpus: Most GPUs that one of its processes computes on; None: as many as it gets. Never
+            shapes the result: a plan tells where a profile gives more.
         distributed: For ``job``: run by every rank of the nodes × tasks that a cluster profile
             gives it, at once; the counts of rank 0 are kept, and a rank that returns none was
             asked to leave, or heard that another was. Otherwise by one process.
@@ -113,6 +115,7 @@ class Stage:
     outputs: tuple[str, ...] = ()
     workers: int = 1
     resources: str = "cpu"
+    gpus: int | None = 1
     distributed: bool = False
     error_limit: float = 0.0
     unless: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _UNHELD = "no Slurm answers here: the chain was not held against a cluster"
+_FEW = {0: "none", 1: "one"}
 
 
 def plan(
@@ -77,7 +78,7 @@ def plan(
     console().print(_jobs(assembled, planned))
     console().print(table(forecast_of(config, assembled, profile)))
     print(_cost(planned, profile))
-    for note in (*_idle(assembled, config, planned), *_together(told)):
+    for note in (*_idle(assembled, planned), *_together(told)):
         print(note)
     for name in profile.stages.keys() - assembled.stages.keys():
         near = difflib.get_close_matches(name, assembled.stages, 1, 0.0)[0]
@@ -96,26 +97,22 @@ def plan(
             print(f"==> {item.name} <==", item.text, sep="\n")
 
 
-def _idle(chain: Chain, config: ChainConfig, planned: Sequence[Planned]) -> Iterator[str]:
-    """Names the jobs that ask for more GPUs than their one process computes on.
-
-    Not workers with servers, which compute on as many as they are told.
-    """
-    engines = [config.engine, *(model.engine for model in vars(config.models).values())]
-    served = any(engine is not None and engine.kind == "server" for engine in engines)
-    wide: dict[int, list[str]] = {}
+def _idle(chain: Chain, planned: Sequence[Planned]) -> Iterator[str]:
+    """Names the jobs that ask for more GPUs than each of their processes computes on."""
+    wide: dict[tuple[int, int], list[str]] = {}
     for item in planned:
         stage = chain.stages.get(item.job.stage)
-        if stage is None or stage.distributed or item.job.role != "work":
+        if stage is None or stage.distributed or item.job.role != "work" or stage.gpus is None:
             continue
-        if served and stage.kind == "map":
-            continue
-        if item.resources.gpus > 1:
-            wide.setdefault(item.resources.gpus, []).append(stage.name)
-    for gpus, names in wide.items():
+        if item.resources.gpus > stage.gpus:
+            wide.setdefault((item.resources.gpus, stage.gpus), []).append(stage.name)
+    for (given, used), names in wide.items():
+        many = f"{given} GPU{'s' * (given > 1)}"
+        kind = f", or `gpus: {used}` for all of a kind" if used else ""
         yield (
-            f"note: {_first(names)}: {gpus} GPUs for each process, which computes on one; write "
-            f"`stages: {{{names[0]}: {{gpus: 1}}}}` in the profile, or `gpus: 1` for all of a kind"
+            f"note: {_first(names)}: {many} for each process, which computes on "
+            f"{_FEW.get(used, used)}; write `stages: {{{names[0]}: {{gpus: {used}}}}}` in the "
+            f"profile{kind}"
         )
 
 

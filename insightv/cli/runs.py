@@ -125,7 +125,7 @@ def make(
     """Runs what is missing, here."""
     from hpc import gates
     from hpc.admission import fits
-    from hpc.cluster import Profile
+    from hpc.cluster import Profile, Resources
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
     from hpc.progress import Bars
@@ -137,7 +137,8 @@ def make(
         print(f"{chain.run.path}: complete, nothing to do")
     else:
         need_packages(chain, config)
-        fits(chain, Profile())  # here every training is one process
+        # Here every training is one process, and workers have what GPUs there are.
+        fits(chain, Profile(gpu=Resources()))
         chain.run.create()
         refuse_queued(chain)
         save(chain, config, remake)

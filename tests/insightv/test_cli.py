@@ -427,7 +427,9 @@ def test_a_plan_begins_with_its_table(insightv, no_cluster, tmp_path):
     assert status == 0 and lines[0].strip() == "jobs" and "#SBATCH" not in out
     assert lines[-1] == "no Slurm answers here: the chain was not held against a cluster"
     notes = [line for line in lines if line.startswith("note: ")]
-    assert len(notes) == 1 and "sft-" in notes[0] and "4 GPUs for each process" in notes[0]
+    rules, wide = notes  # no model judges here
+    assert "r0-judge" in rules and "1 GPU for each process, which computes on none" in rules
+    assert "sft-" in wide and "4 GPUs for each process" in wide
     assert "2 nodes x 1 tasks of the profile are not used" in out
     whole = insightv(*words, "--scripts")[1]
     assert whole.startswith(out) and "#SBATCH" in whole
