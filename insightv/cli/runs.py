@@ -210,10 +210,8 @@ def save(chain: Chain, config: ChainConfig, remake: bool, held: bool = False) ->
         remake: Whether work of another configuration may be replaced.
         held: Whether the caller holds the run's lock.
     """
-    from hpc import gates
     from hpc.config import dump
     from hpc.disk import write_atomic
-    from hpc.rundir import Chain
     from insightv.chain import SUMMARIES
 
     text, path = dump(config), chain.run.chain_file
@@ -222,20 +220,33 @@ def save(chain: Chain, config: ChainConfig, remake: bool, held: bool = False) ->
     if not held and chain.run.locked():
         raise UserError(f"{chain.run.path}: another process runs this chain; wait for it")
     if not remake:
-        lasting = [stage for name, stage in chain.stages.items() if name not in SUMMARIES]
-        try:
-            gates.refuse_changes(Chain(lasting, chain.run, chain.command))
-        except UserError as error:
-            raise UserError(
-                f"{error}{_asked(path, config)}; `insightv run … --run-dir NEW "
-                f"--reuse {chain.run.path}` takes over what stays equal"
-            ) from None
+        refuse_changed(chain, config)
     for name in SUMMARIES:
         # They only tell what the other stages made, and follow any change.
         manifest = chain.run.read_manifest(name)
         if manifest is not None and manifest["hash"] != chain.identity(name):
             chain.run.remove(name, chain.stages[name].outputs)
     write_atomic(path, text)
+
+
+def refuse_changed(chain: Chain, config: ChainConfig) -> None:
+    """Refuses a configuration other than the one that finished stages were made with.
+
+    Raises:
+        UserError: It is another; which keys, and what to do.
+    """
+    from hpc import gates
+    from hpc.rundir import Chain
+    from insightv.chain import SUMMARIES
+
+    lasting = [stage for name, stage in chain.stages.items() if name not in SUMMARIES]
+    try:
+        gates.refuse_changes(Chain(lasting, chain.run, chain.command))
+    except UserError as error:
+        raise UserError(
+            f"{error}{_asked(chain.run.chain_file, config)}; `insightv run … --run-dir NEW "
+            f"--reuse {chain.run.path}` takes over what stays equal"
+        ) from None
 
 
 def _asked(path: Path, config: ChainConfig) -> str:
