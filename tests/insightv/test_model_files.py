@@ -120,7 +120,7 @@ def test_a_cluster_without_ranks_for_the_layout_is_refused(profile, monkeypatch,
     assert "wants a multiple of 32 ranks, and the profile gives 3 nodes x 8 tasks = 24" in err
     profile.write_text("training: {gpus: 8}\n")
     status, _, err = call(capsys, monkeypatch, *words)
-    assert status == 2 and "the profile gives 1 nodes x 1 tasks = 1" in err
+    assert status == 2 and "the profile gives 1 node x 1 task = 1" in err
 
 
 def test_a_chain_takes_questions_roles_and_base_from_a_file_each(tmp_path):
