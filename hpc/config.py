@@ -200,8 +200,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable YAML file: {_first_line(error)}") from None
     except OSError as error:
         # OmegaConf itself raises OSError for a file that is a lone number.
-        why = error.strerror or "expected `key: value` lines"
-        raise UserError(f"{path}: {why}; give the path of a configuration file") from None
+        told = error.strerror or "expected `key: value` lines"
+        raise UserError(f"{path}: {told}; give the path of a configuration file") from None
     values = OmegaConf.to_container(read, resolve=False)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

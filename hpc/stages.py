@@ -70,6 +70,21 @@ class Context(Protocol):
 
 
 @dataclass(frozen=True)
+class Package:
+    """A Python package that a payload imports and that an installation may lack.
+
+    Attributes:
+        name: On the package index, in lower case and with dashes.
+        module: What is imported of it.
+        install: How to come by it, for people.
+    """
+
+    name: str
+    module: str
+    install: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """One node of a chain.
 
@@ -101,6 +116,8 @@ class Stage:
             no parent is not waited for; it may come while the stage is at work, and ends that.
         counted: Whole numbers to be summed up beside rows, by name: fields of a map stage's rows,
             counts of a job (``tokens``). Never shapes the result.
+        needs: Packages that its payload imports beside what every installation has: looked for
+            before anything is queued, and by the preflight.
         fits: Asked before anything is queued or started, with what this stage would get: raises
             `UserError` where that cannot carry it, and returns what a plan should tell.
     """
@@ -120,6 +137,7 @@ class Stage:
     error_limit: float = 0.0
     unless: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
+    needs: tuple[Package, ...] = ()
     fits: Callable[[Resources], str] | None = None
 
     @property

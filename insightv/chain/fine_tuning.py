@@ -18,7 +18,7 @@ from insightv.evaluation.answering import EntryConfig
 from insightv.payloads import ROLES, MakeSet, Source
 from insightv.questions import making
 from insightv.training.config import TrainConfig
-from insightv.training.fitting import fit
+from insightv.training.fitting import PACKAGES, fit
 
 TOKENS = ("tokens",)
 """What stages with a model count beside rows: tokens generated (of paths that came to nothing,
@@ -61,6 +61,7 @@ class FineTuning:
         ranks = training.backend != "torch"
         fits = partial(fit, name, training, self.base.folder(Path()))
         parts |= {"distributed": ranks, "counted": TOKENS, "fits": fits}
+        parts |= {"needs": PACKAGES.get(training.backend, ())}
         return self._job(name, workers=workers, resources="gpu", **parts)
 
     def _questions(self, split: str) -> str:
@@ -81,7 +82,8 @@ class FineTuning:
             shape["read"] = making.shape(self.config.questions, split)
             outputs.append(f"stages/{name}/{making.DROPPED}")
         run = payloads.questions(self.config, split)
-        return self._job(name, config=shape, run=run, outputs=tuple(outputs))
+        needs = making.packages_of(self.config.questions, split)
+        return self._job(name, config=shape, run=run, outputs=tuple(outputs), needs=needs)
 
     def _direct(self) -> str:
         """The generator's answers without reasoning, which tell what is hard."""

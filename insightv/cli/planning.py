@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from insightv.cli.cluster import ProfileOption
-from insightv.cli.runs import ChainArgument, Overrides, RunOption, console, save
+from insightv.cli.runs import (
+    ChainArgument,
+    Overrides,
+    RemakeOption,
+    RunOption,
+    console,
+    refuse_changed,
+    save,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +41,7 @@ def plan(
     overrides: Overrides = None,
     cluster: ProfileOption = ...,  # type: ignore[assignment]
     run_dir: RunOption = None,
+    remake: RemakeOption = False,
     write: Annotated[
         Path | None, typer.Option(metavar="D", help="Write the scripts to this folder.")
     ] = None,
@@ -61,10 +70,12 @@ def plan(
     run = run_dir or Path("runs") / chain.stem
     assembled = assemble(config, RunDir(run))
     if prepare:
-        _prepare(assembled, config, profile)
+        _prepare(assembled, config, profile, remake)
         return
+    if not remake:
+        refuse_changed(assembled, config)
     if write is not None:
-        given = [str(chain), *(overrides or ())]
+        given = [str(chain), *(overrides or ()), *(["--remake"] if remake else ())]
         _write(assembled, profile, write, run, given, cluster)
         return
     there = slurm.answers()
@@ -126,7 +137,7 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
+def _prepare(chain: Chain, config: ChainConfig, profile: Profile, remake: bool) -> None:
     """Makes a run directory whose jobs somebody submits by hand: what `submit` writes first."""
     from hpc.executors.batch import write_host
     from hpc.facts import Facts
@@ -138,7 +149,7 @@ def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     profile = fitted(pinned(chain, profile), facts)
     run.create()
     with run.lock():
-        save(chain, config, remake=False, held=True)
+        save(chain, config, remake, held=True)
         keep_profile(run, profile, facts)
         make_id(run)
         write_host(run.path / "slurm")
