@@ -53,7 +53,7 @@ def check(begun, prompts, shown):
     st.lists(st.tuples(st.sampled_from("ab"), TEXTS, TEXTS), min_size=1, max_size=20),
     st.integers(0, 120),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_rows_come_back(paths, room):
     prefixes = Prefixes(model())
     prefixes.limit(room)
