@@ -26,6 +26,7 @@ from insightv.chain import assemble
 from insightv.chainfile import read
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
+from insightv.engines.server import engine as engine_module
 from insightv.engines.server import process
 from insightv.engines.server.config import ServerConfig
 from insightv.engines.server.process import ServerGone
@@ -209,6 +210,9 @@ def test_draws_keys_and_what_others_see(tmp_path):
                     refused = await client.post(f"{url}/v1/{path}", json={}, headers=headers)
                     assert refused.status_code == 401
             assert (await client.get(f"{url}/openapi.json")).status_code == 401
+            known = {"authorization": f"Bearer {key}"}
+            listed = (await client.get(f"{url}/v1/models", headers=known)).json()["data"]
+            assert [model["id"] for model in listed] == [str(TINY)]
         assert place.stat().st_mode & 0o77 == 0
         listening = [c for c in server.net_connections() if c.status == psutil.CONN_LISTEN]
         assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
@@ -222,7 +226,7 @@ def test_draws_keys_and_what_others_see(tmp_path):
     (log,) = (tmp_path / "logs").iterdir()
     said = log.read_text()
     assert said.startswith("$ ") and "transformers_serve.py" in said and "Uvicorn running" in said
-    assert not re.search(r"INSIGHTV_SERVER_KEY|Bearer", said)
+    assert not re.search(r"INSIGHTV_SERVER_KEY|Bearer|Traceback", said)
 
 
 # ---- a server that dies
@@ -248,6 +252,27 @@ def test_a_server_killed_twice_is_started_again(tmp_path, caplog, monkeypatch):
     assert len({*seen}) == 2
     assert caplog.text.count("SIGKILL and is started again") == 2
     assert next(tmp_path.iterdir()).read_text().count("listening") == 3
+
+
+def test_deaths_of_a_slow_server_are_counted_and_not_timed(monkeypatch):
+    """What counts is how often it died, not how long a request waited for it to come again."""
+    monkeypatch.setenv("SLOW", "2")
+    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE", 0.05)
+
+    async def scenario(engine):
+        asked = asyncio.ensure_future(engine.complete(asks(1)[0]))
+        (replica,) = engine._replicas
+        known = set()
+        for _ in range(2):
+            while not replica.flying or replica.url in known:
+                await asyncio.sleep(0.05)
+            known.add(replica.url)
+            await asyncio.sleep(1)
+            (server,) = servers()
+            server.kill()
+        return await asked
+
+    assert run(scenario, config(*SMALL, patience=1.5)).text == "reply to 0"
 
 
 def test_a_server_that_dies_too_often_fails_the_shard(tmp_path, monkeypatch):

@@ -277,7 +277,8 @@ class ServerEngine:
             except _Again as again:
                 problem = again
             if problem.patient:
-                waited += time.monotonic() - begun
+                if replica.own is None:  # `start` and `restarts` bound the wait for one of our own.
+                    waited += time.monotonic() - begun
                 if waited > self._server.patience:
                     told = f"{replica.url} could not be used for {waited:.0f} s: {problem}"
                     self._give_up(replica, ServerGone(told))

@@ -2,7 +2,8 @@
 
 It gets a key, without which nobody is answered; stop strings for models with pictures (it
 hands their processor to what wants a tokenizer); texts that keep the space they begin with;
-and draws that belong to a request's seed, whatever is asked at the same time.
+draws that belong to a request's seed, whatever is asked at the same time; and a list of models
+that has the one it serves (its own is of the hub's cache, and fails where there is none).
 
 ``python transformers_serve.py MODEL --port P …`` takes the options of ``transformers serve``;
 the key stands in INSIGHTV_SERVER_KEY. Runs in the environment that transformers is installed
@@ -76,12 +77,15 @@ def main() -> None:
     # Lets processors of picture-and-video families load without torchvision, where it is known.
     with contextlib.suppress(ImportError):
         import insightv.models  # noqa: F401
-    from transformers.cli.serving import server, utils
+    from transformers.cli.serving import model_manager, server, utils
     from transformers.cli.transformers import app as transformers
 
     patched: Any = utils
     patched.set_torch_seed = _seed.set
     patched.GenerateManager.generate_non_streaming = generate
+    served = {"id": sys.argv[1], "object": "model", "created": 0, "owned_by": "transformers"}
+    patched = model_manager
+    patched.ModelManager.get_gen_models = staticmethod(lambda: [served])
     build = server.build_server
 
     def build_keyed(*args: Any, **options: Any) -> Any:
