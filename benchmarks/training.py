@@ -4,8 +4,8 @@ One small VLM (LLaVA-NeXT in front of a Llama, random weights), the same samples
 global batch, fp32, frozen vision tower, no recomputation. Pairs have a realistic shape: a
 picture of several tiles, a short question, two answers of different length. ``dpo`` and
 ``sft`` have one row a picture; ``dpo-shared`` and ``sft-shared`` have as many as the sets that
-the quickstart makes (several paths, and several pairs, of one question), and there we train
-with ``share_pictures``. TRL is tried at each batch size that divides the global batch, we at
+the quickstart makes (several paths, and several pairs, of one question); ``sft-pairs`` has both
+replies of the pairs of ``dpo``, two samples a picture. There we train with ``share_pictures``. TRL is tried at each batch size that divides the global batch, we at
 several token budgets; the best of each is compared. Our DPO includes the reference stage, as
 TRL computes its reference in the step, and loading and exporting the model; TRL is timed from
 `train()` on.
@@ -58,7 +58,7 @@ TILE = 336
 """Pixels of a tile, LLaVA-NeXT's own: 576 tokens, so that a picture of 2 × 2 tiles has 2,928."""
 BATCH = {"dpo": 8, "sft": 16}
 BUDGETS = (4096, 16384)
-KINDS = ("dpo", "sft", "dpo-shared", "sft-shared")
+KINDS = ("dpo", "sft", "dpo-shared", "sft-shared", "sft-pairs")
 ROWS = {"dpo": {1: 46, 2: 198, 4: 55}, "sft": {1: 372, 2: 601, 3: 142}}
 """How many pictures of the quickstart's ``r1-pairs`` and ``set-reasoning`` (1,600 questions, seed
 0) have so many rows."""
@@ -116,6 +116,18 @@ class Case:
                 "plain",
             ).to_json()
             for n, (shown, question) in enumerate(questions["sft"])
+        ]
+
+    def both(self) -> list[Any]:
+        """Winner and loser of each pair, as samples."""
+        return [
+            TrainingSample(
+                *(f"{row['key']}/{side}", row["question"], tuple(row["pictures"])),
+                (Message(**row["prompt"][0]), Message("assistant", row[side], train=True)),
+                "plain",
+            ).to_json()
+            for row in self.pairs
+            for side in ("chosen", "rejected")
         ]
 
     def lengths(self) -> dict[str, Any]:
@@ -329,12 +341,14 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     results: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
-    counts = {"dpo": given.pairs, "sft": given.samples}
     for name in given.only:
         kind, _, shared = name.partition("-")
         with tempfile.TemporaryDirectory() as folder:
             size = (given.pairs, given.samples, given.hidden, given.layers)
-            case = Case(Path(folder), *size, bool(shared))
+            case = Case(Path(folder), *size, shared == "shared")
+            if shared == "pairs":
+                case.samples, case.shared = case.both(), True
+            count = len({"dpo": case.pairs, "sft": case.samples}[kind])
             results[name] = {
                 "versions": {
                     each.__name__: each.__version__.split("+")[0]
@@ -344,10 +358,10 @@ def main() -> None:
                 "threads": 1,
                 "model": {"hidden": given.hidden, "layers": given.layers, "tile": TILE},
                 "tokens": case.lengths()[kind],
-                "count": counts[kind],
+                "count": count,
                 "batch": BATCH[kind],
                 "rounds": given.rounds,
-                **raced(name, case, counts[kind], given.rounds),
+                **raced(name, case, count, given.rounds),
             }
         print(name, results[name]["best"], results[name]["speed_ratio"], flush=True)
         given.out.write_text(json.dumps(results, indent=1) + "\n")
