@@ -5,10 +5,10 @@ global batch, fp32, frozen vision tower, no recomputation. Pairs have a realisti
 picture of several tiles, a short question, two answers of different length. ``dpo`` and
 ``sft`` have one row a picture; ``dpo-shared`` and ``sft-shared`` have as many as the sets that
 the quickstart makes (several paths, and several pairs, of one question); ``sft-pairs`` has both
-replies of the pairs of ``dpo``, two samples a picture. There we train with ``share_pictures``. TRL is tried at each batch size that divides the global batch, we at
-several token budgets; the best of each is compared. Our DPO includes the reference stage, as
-TRL computes its reference in the step, and loading and exporting the model; TRL is timed from
-`train()` on.
+replies of the pairs of ``dpo``, two samples a picture. There we train with ``share_pictures``.
+TRL is tried at each batch size that divides the global batch, we at several token budgets; the
+best of each is compared. Our DPO includes the reference stage, as TRL computes its reference in
+the step, and loading and exporting the model; TRL is timed from `train()` on.
 
 Time is processor time of one thread, so that other work on the machine does not enter; peak
 memory is what a process that has imported everything grows by.
