@@ -136,13 +136,14 @@ class TransformersEngine:
         return chats.encode_picture(self._processor, self._pictures.image(picture))
 
     async def _run(self) -> None:
-        """Runs batches until nothing waits."""
+        """Runs batches until nothing waits and nobody comes back."""
         loop = asyncio.get_running_loop()
-        while self._pending:
+        while True:
             await self._gather()
             batch = self._take()
             if not batch:
-                continue
+                self._prefixes.clear()  # others may need the memory
+                return
             try:
                 replies = await loop.run_in_executor(self._worker, self._serve, batch)
             except BaseException as error:

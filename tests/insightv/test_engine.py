@@ -187,6 +187,30 @@ def _written(call):
     return call.messages[1].text if len(call.messages) > 1 else ""
 
 
+def test_nothing_is_remembered_when_nobody_comes_back(make, pictures, monkeypatch):
+    room = []
+    real = engines.decode_rows
+
+    def watched(*rest):
+        found = real(*rest)
+        room.append((rest[-1].tokens, rest[-1]._room))
+        return found
+
+    monkeypatch.setattr(engines, "decode_rows", watched)
+    engine = make(batch_size=3, batch_tokens=2000)
+
+    async def call_and_wait():
+        await asyncio.gather(*(engine.complete(request(pictures, number=n)) for n in range(4)))
+        held = engine._prefixes.tokens
+        await asyncio.sleep(0.5)
+        return held
+
+    held = asyncio.run(call_and_wait())
+    assert held == room[-1][0] > 0 and not engine._prefixes.tokens
+    longest = engine.count(request(pictures, number=3)) + 12
+    assert all(tokens <= most <= min(2000, 2 * 3 * longest) for tokens, most in room)
+
+
 def test_batches_are_the_same_however_long_requests_take(make, pictures, monkeypatch):
     batches = []
     real = engines.decode_rows
