@@ -154,7 +154,7 @@ class Samples:
             whole = chats.Encoding(ids, marks, prompt.pictures)
             made.append(Reply(whole, ((len(prompt.ids), len(ids)),)))
         reference = (-50.0,) * replies if replies > 1 else ()
-        return Tree.of(Example(f"{number:04d}", tuple(made), reference), self.positions)
+        return Tree.of([Example(f"{number:04d}", tuple(made), reference)], self.positions)
 
     def _prompt(self) -> chats.Encoding:
         side, tokens = self.shape.grid, self.shape.grid**2 // 4

@@ -2,10 +2,13 @@
 
 One small VLM (LLaVA-NeXT in front of a Llama, random weights), the same samples, the same
 global batch, fp32, frozen vision tower, no recomputation. Pairs have a realistic shape: a
-picture of several tiles, a short question, two answers of different length. TRL is tried at
-each batch size that divides the global batch, we at several token budgets; the best of each
-is compared. Our DPO includes the reference stage, as TRL computes its reference in the step,
-and loading and exporting the model; TRL is timed from `train()` on.
+picture of several tiles, a short question, two answers of different length. ``dpo`` and
+``sft`` have one row a picture; ``dpo-shared`` and ``sft-shared`` have as many as the sets that
+the quickstart makes (several paths, and several pairs, of one question), and there we train
+with ``share_pictures``. TRL is tried at each batch size that divides the global batch, we at
+several token budgets; the best of each is compared. Our DPO includes the reference stage, as
+TRL computes its reference in the step, and loading and exporting the model; TRL is timed from
+`train()` on.
 
 Time is processor time of one thread, so that other work on the machine does not enter; peak
 memory is what a process that has imported everything grows by.
@@ -21,7 +24,6 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import sys
@@ -41,6 +43,7 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from families import picture, save_family  # noqa: E402
+from origin import origin  # noqa: E402
 
 from insightv import chats, models  # noqa: E402
 from insightv.pictures import Pictures, PictureWriter  # noqa: E402
@@ -55,6 +58,10 @@ TILE = 336
 """Pixels of a tile, LLaVA-NeXT's own: 576 tokens, so that a picture of 2 × 2 tiles has 2,928."""
 BATCH = {"dpo": 8, "sft": 16}
 BUDGETS = (4096, 16384)
+KINDS = ("dpo", "sft", "dpo-shared", "sft-shared")
+ROWS = {"dpo": {1: 46, 2: 198, 4: 55}, "sft": {1: 372, 2: 601, 3: 142}}
+"""How many pictures of the quickstart's ``r1-pairs`` and ``set-reasoning`` (1,600 questions, seed
+0) have so many rows."""
 WORDS = (
     *("bar", "value", "axis", "read", "step", "chart", "compare"),
     *("sum", "highest", "lowest", "left", "right", "colour", "total"),
@@ -64,42 +71,51 @@ WORDS = (
 class Case:
     """The model folder, the pictures and the rows of both trainings."""
 
-    def __init__(self, folder: Path, pairs: int, samples: int, hidden: int, layers: int):
+    def __init__(
+        self, folder: Path, pairs: int, samples: int, hidden: int, layers: int, shared: bool
+    ):
         generator = random.Random(0)
-        self.folder = folder
+        self.folder, self.shared = folder, shared
         self.model = save_family(
             "llava-next", folder / "model", hidden=hidden, layers=layers, tile=TILE
         )
         sides = [(2 * TILE, 2 * TILE), (2 * TILE, 2 * TILE), (2 * TILE, TILE), (TILE, TILE)]
-        with PictureWriter(folder / "pictures") as writer:
-            ids = []
-            for number in range(pairs + samples):
-                # Pairs: whole pictures. SFT: pictures of all sizes, as data sets mix them.
-                size = sides[0] if number < pairs else generator.choice(sides)
-                data = io.BytesIO()
-                picture(number, *size).save(data, "PNG")
-                ids.append(writer.add(data.getvalue()))
-        self.pictures = Pictures([folder / "pictures"])
 
         def text(median: int) -> str:
             return " ".join(
                 generator.choices(WORDS, k=int(generator.lognormvariate(0, 0.5) * median))
             )
 
+        def asked(kind: str, count: int) -> list[tuple[str, Message]]:
+            """A picture and a question for each row."""
+            rows: list[tuple[str, Message]] = []
+            while len(rows) < count:
+                # Pairs: whole pictures. SFT: pictures of all sizes, as data sets mix them.
+                size = sides[0] if kind == "dpo" else generator.choice(sides)
+                data = io.BytesIO()
+                picture(len(rows) + (kind == "sft") * pairs, *size).save(data, "PNG")
+                one = (writer.add(data.getvalue()), Message("user", text(12)))
+                sizes, weights = zip(*ROWS[kind].items(), strict=True)
+                rows += [one] * (generator.choices(sizes, weights)[0] if shared else 1)
+            return rows[:count]
+
+        with PictureWriter(folder / "pictures") as writer:
+            questions = {kind: asked(kind, n) for kind, n in (("dpo", pairs), ("sft", samples))}
+        self.pictures = Pictures([folder / "pictures"])
         self.pairs = [
             PreferencePair(
-                *(f"w{n}|l{n}", f"q{n}", (ids[n],), (Message("user", text(12)),)),
+                *(f"w{n}|l{n}", f"q{n}", (shown,), (question,)),
                 *(text(50), text(70), "right>wrong"),
             ).to_json()
-            for n in range(pairs)
+            for n, (shown, question) in enumerate(questions["dpo"])
         ]
         self.samples = [
             TrainingSample(
-                *(f"s{n}", f"s{n}", (ids[pairs + n],)),
-                (Message("user", text(12)), Message("assistant", text(90), train=True)),
+                *(f"s{n}", f"s{n}", (shown,)),
+                (question, Message("assistant", text(90), train=True)),
                 "plain",
             ).to_json()
-            for n in range(samples)
+            for n, (shown, question) in enumerate(questions["sft"])
         ]
 
     def lengths(self) -> dict[str, Any]:
@@ -110,15 +126,22 @@ class Case:
         samples = [encoder.sample(row) for row in self.samples]
         return {
             "dpo": {
+                "rows of a picture": rows_of_a_picture(self.pairs),
                 "prompt": spread([pair.replies[0].spans[0][0] for pair in pairs]),
                 "chosen": spread([pair.replies[0].targets for pair in pairs]),
                 "rejected": spread([pair.replies[1].targets for pair in pairs]),
             },
             "sft": {
+                "rows of a picture": rows_of_a_picture(self.samples),
                 "prompt": spread([sample.replies[0].spans[0][0] for sample in samples]),
                 "answer": spread([sample.replies[0].targets for sample in samples]),
             },
         }
+
+
+def rows_of_a_picture(rows: list[Any]) -> float:
+    """On average."""
+    return round(len(rows) / len({tuple(row["pictures"]) for row in rows}), 2)
 
 
 def spread(values: list[int]) -> dict[str, float]:
@@ -148,9 +171,11 @@ def ours_dpo(case: Case, budget: int, folder: Path) -> Callable[[], Any]:
     config = DPOConfig(
         batch_size=BATCH["dpo"],
         terms={"sigmoid": 1.0},
-        **ours(budget),
+        **ours(case, budget),
     )
-    referring = ReferenceConfig(precision="fp32", device="cpu", tokens_per_batch=budget)
+    referring = ReferenceConfig(
+        precision="fp32", device="cpu", tokens_per_batch=budget, share_pictures=case.shared
+    )
 
     async def refer() -> tuple[list[Any], str]:
         reference = Reference(case.model, referring, case.pictures)
@@ -168,7 +193,7 @@ def ours_dpo(case: Case, budget: int, folder: Path) -> Callable[[], Any]:
 
 
 def ours_sft(case: Case, budget: int, folder: Path) -> Callable[[], Any]:
-    config = SFTConfig(batch_size=BATCH["sft"], **ours(budget))
+    config = SFTConfig(batch_size=BATCH["sft"], **ours(case, budget))
 
     def work() -> None:
         context = Quiet(folder / "stage")
@@ -177,8 +202,9 @@ def ours_sft(case: Case, budget: int, folder: Path) -> Callable[[], Any]:
     return work
 
 
-def ours(budget: int) -> dict[str, Any]:
+def ours(case: Case, budget: int) -> dict[str, Any]:
     return {
+        "share_pictures": case.shared,
         "precision": "fp32",
         "device": "cpu",
         "epochs": 1,
@@ -297,57 +323,61 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--only", choices=("dpo", "sft"), help="leave the other's result be")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, metavar="KIND")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
-        case = Case(Path(folder), given.pairs, given.samples, given.hidden, given.layers)
-        shape = {
-            "machine": {"cores": os.cpu_count(), "threads": 1, "python": platform.python_version()},
-            "versions": {
-                each.__name__: each.__version__.split("+")[0] for each in (torch, transformers, trl)
-            },
-            "model": {"hidden": given.hidden, "layers": given.layers, "tile": TILE},
-            "rounds": given.rounds,
-        }
-        results: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
-        lengths = case.lengths()
-        for kind, count, build, rival in (
-            ("dpo", given.pairs, ours_dpo, trl_dpo),
-            ("sft", given.samples, ours_sft, trl_sft),
-        ):
-            if given.only not in (None, kind):
-                continue
-            sizes = [size for size in (1, 2, 4, 8, 16) if size <= BATCH[kind]]
-            trials = [("insightv", build, budget) for budget in BUDGETS]
-            trials += [("trl", rival, size) for size in sizes]
-            found: dict[str, dict[str, Any]] = {"insightv": {}, "trl": {}}
-            for number in range(given.rounds):  # rounds, so that a busy minute hits all alike
-                for name, make, setting in trials:
-                    one = measured(make, case, setting)
-                    print(f"{kind} round {number} {name} {setting}: {one}", flush=True)
-                    best = found[name].get(str(setting))
-                    if best is None or one["cpu"] < best["cpu"]:
-                        found[name][str(setting)] = one | {"per_second": count / one["cpu"]}
-            top = {
-                name: max(settings.items(), key=lambda item: item[1]["per_second"])
-                for name, settings in found.items()
-            }
-            (mine, us), (peers, them) = top["insightv"], top["trl"]
-            results[kind] = {
-                **shape,
-                "tokens": lengths[kind],
-                "count": count,
+    results: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
+    counts = {"dpo": given.pairs, "sft": given.samples}
+    for name in given.only:
+        kind, _, shared = name.partition("-")
+        with tempfile.TemporaryDirectory() as folder:
+            size = (given.pairs, given.samples, given.hidden, given.layers)
+            case = Case(Path(folder), *size, bool(shared))
+            results[name] = {
+                "versions": {
+                    each.__name__: each.__version__.split("+")[0]
+                    for each in (torch, transformers, trl)
+                },
+                "origin": origin(),
+                "threads": 1,
+                "model": {"hidden": given.hidden, "layers": given.layers, "tile": TILE},
+                "tokens": case.lengths()[kind],
+                "count": counts[kind],
                 "batch": BATCH[kind],
-                **found,
-                "best": {"insightv budget": int(mine), "trl batch": int(peers)},
-                "speed_ratio": round(us["per_second"] / them["per_second"], 2),
-                "memory_ratio": round(them["peak_mb"] / us["peak_mb"], 2),
+                "rounds": given.rounds,
+                **raced(name, case, counts[kind], given.rounds),
             }
-            print(json.dumps(results[kind]["best"]), results[kind]["speed_ratio"], flush=True)
-            given.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, results[name]["best"], results[name]["speed_ratio"], flush=True)
+        given.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def raced(name: str, case: Case, count: int, rounds: int) -> dict[str, Any]:
+    """Each way at each of its settings, in turns, so that a busy minute hits all alike."""
+    kind = name.partition("-")[0]
+    build, rival = {"dpo": (ours_dpo, trl_dpo), "sft": (ours_sft, trl_sft)}[kind]
+    trials = [("insightv", build, budget) for budget in BUDGETS]
+    trials += [("trl", rival, size) for size in (1, 2, 4, 8, 16) if size <= BATCH[kind]]
+    found: dict[str, dict[str, Any]] = {"insightv": {}, "trl": {}}
+    for number in range(rounds):
+        for who, make, setting in trials:
+            one = measured(make, case, setting)
+            print(f"{name} round {number} {who} {setting}: {one}", flush=True)
+            best = found[who].get(str(setting))
+            if best is None or one["cpu"] < best["cpu"]:
+                found[who][str(setting)] = one | {"per_second": count / one["cpu"]}
+    top = {
+        who: max(settings.items(), key=lambda item: item[1]["per_second"])
+        for who, settings in found.items()
+    }
+    (mine, us), (peers, them) = top["insightv"], top["trl"]
+    return {
+        **found,
+        "best": {"insightv budget": int(mine), "trl batch": int(peers)},
+        "speed_ratio": round(us["per_second"] / them["per_second"], 2),
+        "memory_ratio": round(them["peak_mb"] / us["peak_mb"], 2),
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Configuration: YAML over dataclasses, with errors that name the nearest key.
 
 Fields shape results unless they are marked with `unhashed`; the digest of the shaping
-fields is what a stage is known by.
+fields is what a stage is known by. A field that is added once runs exist is marked with
+`later`, so that those runs keep their digests.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -26,6 +29,10 @@ from hpc.errors import UserError
 T = TypeVar("T")
 
 _UNHASHED = {"hashed": False}
+_LATER = {"later": True}
+
+_COLONS = re.compile(r"\d:[0-5]?\d")
+"""What a number to base 60 holds: looking for it is cheaper than parsing twice."""
 
 
 def unhashed(default: T) -> T:
@@ -37,6 +44,24 @@ def unhashed(default: T) -> T:
 def unhashed_factory(factory: Callable[[], T]) -> T:
     """Like `unhashed`, for a mutable default."""
     made: T = dataclasses.field(default_factory=factory, metadata=_UNHASHED)
+    return made
+
+
+def later(default: T) -> T:
+    """A dataclass field that came after there were runs; it shapes results like any other.
+
+    It enters `shaping` and `digest` only where its value is not ``default``, so what was made
+    before the field existed is known by the same digest as what is made with its default. The
+    default has to be what the code did before, and can never be another: a finished run that
+    does not name the field means this value.
+    """
+    made: T = dataclasses.field(default=default, metadata=_LATER)
+    return made
+
+
+def later_factory(factory: Callable[[], T]) -> T:
+    """Like `later`, for a mutable default or a whole section."""
+    made: T = dataclasses.field(default_factory=factory, metadata=_LATER)
     return made
 
 
@@ -77,9 +102,15 @@ def load(
         return cast(T, OmegaConf.to_object(config))
 
 
-def shaping(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that shape results, recursively, as plain JSON values."""
-    plain = _plain(config)
+def shaping(config: Any, defaults: bool = False) -> dict[str, Any]:
+    """The fields of a dataclass that shape results, recursively, as plain JSON values.
+
+    Args:
+        config: The dataclass, or a mapping.
+        defaults: `later` fields too that stand at their default: to read configurations beside
+            each other, never to be hashed.
+    """
+    plain = _plain(config, defaults)
     if not isinstance(plain, dict):
         raise TypeError(f"expected a dataclass or a mapping, got {type(config).__name__}")
     return plain
@@ -98,19 +129,20 @@ def dump(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, defaults: bool = False) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: _plain(getattr(value, field.name))
+            field.name: _plain(getattr(value, field.name), defaults)
             for field in dataclasses.fields(value)
             if field.metadata.get("hashed", True)
+            and (defaults or not _as_before(field, getattr(value, field.name)))
         }
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+        return {str(_plain(key)): _plain(item, defaults) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, defaults) for item in value]
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -118,11 +150,20 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in a configuration: {value!r}")
 
 
+def _as_before(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a `later` field says no more than its absence did."""
+    if not field.metadata.get("later", False):
+        return False
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    return bool(_plain(value) == _plain(default))
+
+
 def _files(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
     """The layers of a file: what it extends first, itself last."""
     if path.resolve() in above:
         raise UserError(f"{path}: extends itself through {above[-1]}; break the circle")
-    values = _read_yaml(path)
+    values = read_yaml(path)
     parents = values.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -136,12 +177,21 @@ def _files(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[str, Any
     return [*layers.values(), (str(path), values)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and plain values of a YAML file, held against no dataclass.
+
+    Raises:
+        UserError: It cannot be read, is not `key: value` lines, or holds a number to base 60.
+    """
     try:
-        read = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        _refuse_colons(text)
+        read = OmegaConf.load(io.StringIO(text))
         # A file that holds a list or a lone word is broken too; an empty one is not.
         if not isinstance(read, DictConfig):
             raise UserError(f"{path}: line 1: expected `key: value` lines, found a list")
+    except _Problem as problem:
+        raise UserError(f"{path}: {problem}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
@@ -150,11 +200,47 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable YAML file: {_first_line(error)}") from None
     except OSError as error:
         # OmegaConf itself raises OSError for a file that is a lone number.
-        problem = error.strerror or "expected `key: value` lines"
-        raise UserError(f"{path}: {problem}; give the path of a configuration file") from None
+        told = error.strerror or "expected `key: value` lines"
+        raise UserError(f"{path}: {told}; give the path of a configuration file") from None
     values = OmegaConf.to_container(read, resolve=False)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _refuse_colons(text: str) -> None:
+    """Refuses what YAML 1.1 takes for a number to base 60.
+
+    ``minutes: 8:00:00`` would be 28,800 minutes, and nobody means that.
+
+    Raises:
+        _Problem: There is one.
+        yaml.YAMLError: The text is no YAML.
+    """
+    for node in _scalars(yaml.compose(text, yaml.SafeLoader)) if _COLONS.search(text) else ():
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and ":" in node.value:
+            read = yaml.safe_load(node.value)
+            raise _Problem(
+                f"line {node.start_mark.line + 1}: YAML reads {node.value} as {read:,}, a number "
+                "to base 60; give a time as one number (minutes: 480), and quote what is text"
+            )
+
+
+def _scalars(root: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    """Every scalar of a YAML tree, keys included; what is repeated by an alias comes once."""
+    seen: set[int] = set()
+    left = [root]
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            yield node
+        elif isinstance(node, yaml.MappingNode):
+            left += [part for pair in reversed(node.value) for part in reversed(pair)]
+        else:
+            left += reversed(node.value)
 
 
 class _Problem(Exception):
@@ -209,6 +295,7 @@ def _override(cls: type, config: DictConfig, override: str) -> None:
     if not equals or not all([*heads, last]):
         raise _Problem("expected key=value, as in seed=1")
     try:
+        _refuse_colons(text)
         parsed = OmegaConf.from_dotlist([f"value={text}"])
     except yaml.YAMLError:
         raise _Problem("the value is not readable as YAML; quote it") from None

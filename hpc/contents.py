@@ -14,6 +14,8 @@ from typing import Any
 from hpc.disk import write_atomic
 from hpc.errors import UserError
 
+_PYPI = "SPDXRef-pypi-"
+
 
 def write_contents(built: Path, target: Path, summed: str) -> None:
     """Writes the image's packages as SPDX 2.3 beside ``target``.
@@ -31,6 +33,26 @@ def write_contents(built: Path, target: Path, summed: str) -> None:
         raise UserError(f"{target}: the image cannot tell its packages ({last}); mend its %post")
     text = spdx(target.name, summed, json.loads(done.stdout))
     write_atomic(target.with_name(f"{target.name}.spdx.json"), json.dumps(text, indent=1) + "\n")
+
+
+def contents(image: Path, summed: str) -> set[str] | None:
+    """The names of an image's Python packages, from the document beside it.
+
+    Args:
+        image: The SIF.
+        summed: Its SHA-256.
+
+    Returns:
+        Names in the index's spelling; None where no document beside it speaks of this very image.
+    """
+    try:
+        told = json.loads(image.with_name(f"{image.name}.spdx.json").read_text(encoding="utf-8"))
+        if told["documentNamespace"] != f"urn:sha256:{summed}":
+            return None
+        entries = [entry for entry in told["packages"] if entry["SPDXID"].startswith(_PYPI)]
+        return {entry["name"] for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # none, or not one of ours
 
 
 def spdx(name: str, summed: str, packages: Sequence[dict[str, str]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from hpc.disk import make_folder, write_atomic
 from hpc.errors import UserError
 from hpc.inside import shadowed
 from hpc.logs import last_line
+from hpc.needs import refuse_unimportable
 from hpc.provenance import image
 from hpc.rundir import CANCELLED, STOPPED, Chain, read_json, write_json
 from hpc.slurm import read_accounts
@@ -109,6 +110,9 @@ def preflight(chain: Chain, names: list[str]) -> int:
 
     Returns:
         0, or 77 with the reason in the run directory.
+
+    Raises:
+        UserError: A package is missing that a stage needs.
     """
     try:
         _try_files(chain.run.path)
@@ -121,6 +125,7 @@ def preflight(chain: Chain, names: list[str]) -> int:
     if image() is not None and (found := shadowed()):
         said = f"the image's packages are shadowed by {', '.join(found[:3])}"
         return _stop(chain, f"preflight: {said}; bind no folder with packages")
+    refuse_unimportable(chain)
     for name in names:
         if not gates.fresh(chain, name):
             gates.prepare(chain, name)

@@ -70,6 +70,21 @@ class Context(Protocol):
 
 
 @dataclass(frozen=True)
+class Package:
+    """A Python package that a payload imports and that an installation may lack.
+
+    Attributes:
+        name: On the package index, in lower case and with dashes.
+        module: What is imported of it.
+        install: How to come by it, for people.
+    """
+
+    name: str
+    module: str
+    install: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """One node of a chain.
 
@@ -90,6 +105,8 @@ class Stage:
             one process of a job takes, as threads; a cluster's profile has numbers of its own.
             Never shapes the result.
         resources: The kind of resources a cluster profile knows: ``cpu`` or ``gpu``.
+        gpus: Most GPUs that one of its processes computes on; None: as many as it gets. Never
+            shapes the result: a plan tells where a profile gives more.
         distributed: For ``job``: run by every rank of the nodes × tasks that a cluster profile
             gives it, at once; the counts of rank 0 are kept, and a rank that returns none was
             asked to leave, or heard that another was. Otherwise by one process.
@@ -99,6 +116,8 @@ class Stage:
             no parent is not waited for; it may come while the stage is at work, and ends that.
         counted: Whole numbers to be summed up beside rows, by name: fields of a map stage's rows,
             counts of a job (``tokens``). Never shapes the result.
+        needs: Packages that its payload imports beside what every installation has: looked for
+            before anything is queued, and by the preflight.
         fits: Asked before anything is queued or started, with what this stage would get: raises
             `UserError` where that cannot carry it, and returns what a plan should tell.
     """
@@ -113,10 +132,12 @@ class Stage:
     outputs: tuple[str, ...] = ()
     workers: int = 1
     resources: str = "cpu"
+    gpus: int | None = 1
     distributed: bool = False
     error_limit: float = 0.0
     unless: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
+    needs: tuple[Package, ...] = ()
     fits: Callable[[Resources], str] | None = None
 
     @property

@@ -28,6 +28,7 @@ from hpc.executors.base import Job
 from hpc.executors.slurm import SlurmExecutor
 from hpc.facts import Facts
 from hpc.naming import make_id, next_attempt, parse_name, prefix
+from hpc.needs import refuse_absent
 from hpc.planning import PREFLIGHT, Planned, Step, plan_of, preflight_job, steps_of
 from hpc.provenance import image
 from hpc.rundir import CANCELLED, STOPPED, Chain, RunDir, write_json
@@ -72,8 +73,8 @@ def submit(
 
     Raises:
         UserError: Slurm refuses a job or stays away, a stage cannot be made with what the profile
-            gives it, another submission is under way, or the run directory cannot be used as it
-            is.
+            gives it or for want of a package, another submission is under way, or the run
+            directory cannot be used as it is.
     """
     run = chain.run
     new = not run.path.exists()
@@ -88,6 +89,7 @@ def submit(
                 return 0
             fits(chain, profile)
             profile = pinned(chain, profile, other_image)
+            refuse_absent(chain, profile)
             run.unmark(STOPPED, CANCELLED, "slurm/finished")
             gates.withdraw(chain)
             facts = Facts(profile.submit.patience)

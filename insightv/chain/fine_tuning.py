@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from hpc.config import shaping
 from hpc.stages import Stage
 from insightv import payloads
 from insightv.config import NONE, ChainConfig, ModelConfig
+from insightv.engines.fitting import fit as held
+from insightv.engines.fitting import usable
 from insightv.evaluation.answering import EntryConfig
 from insightv.payloads import ROLES, MakeSet, Source
 from insightv.questions import making
 from insightv.training.config import TrainConfig
-from insightv.training.fitting import fit
+from insightv.training.fitting import PACKAGES, fit
 
 TOKENS = ("tokens",)
 """What stages with a model count beside rows: tokens generated (of paths that came to nothing,
@@ -38,10 +41,13 @@ class FineTuning:
         self.stages[stage.name] = stage
         return stage.name
 
-    def _map(self, name: str, **parts: Any) -> str:
-        """A map stage that runs a model."""
+    def _map(self, name: str, models: Iterable[Source | None], **parts: Any) -> str:
+        """A map stage whose workers run these models on engines."""
         workers = self.config.local.workers or sys.maxsize
         limit = self.config.error_limit
+        speak = [model for model in models if model is not None]
+        engines = [model.engine_config or self.config.engine for model in speak]
+        parts = {"gpus": usable(engines), "fits": partial(held, name, engines)} | parts
         return self._add(
             Stage(name, "map", workers=workers, resources="gpu", error_limit=limit, **parts)
         )
@@ -55,6 +61,7 @@ class FineTuning:
         ranks = training.backend != "torch"
         fits = partial(fit, name, training, self.base.folder(Path()))
         parts |= {"distributed": ranks, "counted": TOKENS, "fits": fits}
+        parts |= {"needs": PACKAGES.get(training.backend, ())}
         return self._job(name, workers=workers, resources="gpu", **parts)
 
     def _questions(self, split: str) -> str:
@@ -75,7 +82,8 @@ class FineTuning:
             shape["read"] = making.shape(self.config.questions, split)
             outputs.append(f"stages/{name}/{making.DROPPED}")
         run = payloads.questions(self.config, split)
-        return self._job(name, config=shape, run=run, outputs=tuple(outputs))
+        needs = making.packages_of(self.config.questions, split)
+        return self._job(name, config=shape, run=run, outputs=tuple(outputs), needs=needs)
 
     def _direct(self) -> str:
         """The generator's answers without reasoning, which tell what is hard."""
@@ -84,6 +92,7 @@ class FineTuning:
         entry.validate()
         return self._map(
             name,
+            (self.generator, self.judge),
             inputs={"questions": "questions-train"},
             config={
                 "seed": self.config.seed,

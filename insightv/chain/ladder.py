@@ -103,6 +103,7 @@ class Ladder(Rounds):
         first, last = self._speakers(entry)
         return self._map(
             stage,
+            (first, last, self.judge),
             inputs=inputs,
             after=makers(first, last),
             config={
@@ -142,6 +143,7 @@ class Ladder(Rounds):
             first, last = self._speakers(entry)
             inputs[name] = self._map(
                 f"lmms-{name}".replace("_", "-"),
+                (first, last),
                 inputs={"questions": questions},
                 after=makers(first, last),
                 config={

@@ -42,6 +42,7 @@ class Rounds(FineTuning):
             shape["hard"] = list(hard)
         self._map(
             generate,
+            (source, answerer),
             inputs=inputs | ({"direct": self._direct()} if hard else {}),
             after=makers(source, answerer),
             config=shape,
@@ -52,6 +53,7 @@ class Rounds(FineTuning):
         inputs = inputs | {"paths": generate}
         self._map(
             judge,
+            (self.judge,),
             inputs=inputs,
             after=unless[-1:],
             config={"seed": config.seed, "judge": shaping(config.judge), "by": self._referee()},
@@ -60,6 +62,7 @@ class Rounds(FineTuning):
         )
         self._map(
             f"{prefix}-score",
+            (self.scorer,),
             inputs=inputs | {"verdicts": judge},
             config={"seed": config.seed, "score": shaping(config.score), "by": self.scorer.shape},
             load=payloads.score(config, self.scorer),
@@ -110,6 +113,7 @@ class Rounds(FineTuning):
         summary = self._fine_tuned("summary")
         self._map(
             stopping.validation(number),
+            (model, summary, self.judge),
             inputs={"questions": self._questions("validation")},
             after=makers(model, summary),
             config={
@@ -216,6 +220,8 @@ class Rounds(FineTuning):
         )
         self._map(
             f"{prefix}-reference",
+            (),  # the model is loaded in process, whatever the engines are
+            gpus=1,
             inputs={"pairs": f"{prefix}-pairs"},
             after=tied.after,
             config={"run": shaping(rounds.log_probabilities), "by": tied.shape},

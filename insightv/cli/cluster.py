@@ -15,7 +15,6 @@ from insightv.cli.runs import (
     Overrides,
     RemakeOption,
     RunOption,
-    need_packages,
     save,
 )
 
@@ -45,7 +44,6 @@ def submit(
     profile = read_profile(cluster)
     config = read(chain, overrides or ())
     assembled = assemble(config, RunDir(run_dir or Path("runs") / chain.stem))
-    need_packages(assembled, config, profile)
     prepare = partial(save, assembled, config, remake, held=True)
     send(assembled, profile, remake, prepare, other_image)
 

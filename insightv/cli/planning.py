@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from insightv.cli.cluster import ProfileOption
-from insightv.cli.runs import ChainArgument, Overrides, RunOption, console, save
+from insightv.cli.runs import (
+    ChainArgument,
+    Overrides,
+    RemakeOption,
+    RunOption,
+    console,
+    refuse_changed,
+    save,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _UNHELD = "no Slurm answers here: the chain was not held against a cluster"
+_FEW = {0: "none", 1: "one"}
 
 
 def plan(
@@ -32,6 +41,7 @@ def plan(
     overrides: Overrides = None,
     cluster: ProfileOption = ...,  # type: ignore[assignment]
     run_dir: RunOption = None,
+    remake: RemakeOption = False,
     write: Annotated[
         Path | None, typer.Option(metavar="D", help="Write the scripts to this folder.")
     ] = None,
@@ -60,10 +70,12 @@ def plan(
     run = run_dir or Path("runs") / chain.stem
     assembled = assemble(config, RunDir(run))
     if prepare:
-        _prepare(assembled, config, profile)
+        _prepare(assembled, config, profile, remake)
         return
+    if not remake:
+        refuse_changed(assembled, config)
     if write is not None:
-        given = [str(chain), *(overrides or ())]
+        given = [str(chain), *(overrides or ()), *(["--remake"] if remake else ())]
         _write(assembled, profile, write, run, given, cluster)
         return
     there = slurm.answers()
@@ -77,7 +89,7 @@ def plan(
     console().print(_jobs(assembled, planned))
     console().print(table(forecast_of(config, assembled, profile)))
     print(_cost(planned, profile))
-    for note in (*_idle(assembled, config, planned), *_together(told)):
+    for note in (*_idle(assembled, planned), *_together(told)):
         print(note)
     for name in profile.stages.keys() - assembled.stages.keys():
         near = difflib.get_close_matches(name, assembled.stages, 1, 0.0)[0]
@@ -96,26 +108,22 @@ def plan(
             print(f"==> {item.name} <==", item.text, sep="\n")
 
 
-def _idle(chain: Chain, config: ChainConfig, planned: Sequence[Planned]) -> Iterator[str]:
-    """Names the jobs that ask for more GPUs than their one process computes on.
-
-    Not workers with servers, which compute on as many as they are told.
-    """
-    engines = [config.engine, *(model.engine for model in vars(config.models).values())]
-    served = any(engine is not None and engine.kind == "server" for engine in engines)
-    wide: dict[int, list[str]] = {}
+def _idle(chain: Chain, planned: Sequence[Planned]) -> Iterator[str]:
+    """Names the jobs that ask for more GPUs than each of their processes computes on."""
+    wide: dict[tuple[int, int], list[str]] = {}
     for item in planned:
         stage = chain.stages.get(item.job.stage)
-        if stage is None or stage.distributed or item.job.role != "work":
+        if stage is None or stage.distributed or item.job.role != "work" or stage.gpus is None:
             continue
-        if served and stage.kind == "map":
-            continue
-        if item.resources.gpus > 1:
-            wide.setdefault(item.resources.gpus, []).append(stage.name)
-    for gpus, names in wide.items():
+        if item.resources.gpus > stage.gpus:
+            wide.setdefault((item.resources.gpus, stage.gpus), []).append(stage.name)
+    for (given, used), names in wide.items():
+        many = f"{given} GPU{'s' * (given > 1)}"
+        kind = f", or `gpus: {used}` for all of a kind" if used else ""
         yield (
-            f"note: {_first(names)}: {gpus} GPUs for each process, which computes on one; write "
-            f"`stages: {{{names[0]}: {{gpus: 1}}}}` in the profile, or `gpus: 1` for all of a kind"
+            f"note: {_first(names)}: {many} for each process, which computes on "
+            f"{_FEW.get(used, used)}; write `stages: {{{names[0]}: {{gpus: {used}}}}}` in the "
+            f"profile{kind}"
         )
 
 
@@ -129,7 +137,7 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
+def _prepare(chain: Chain, config: ChainConfig, profile: Profile, remake: bool) -> None:
     """Makes a run directory whose jobs somebody submits by hand: what `submit` writes first."""
     from hpc.executors.batch import write_host
     from hpc.facts import Facts
@@ -141,7 +149,7 @@ def _prepare(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     profile = fitted(pinned(chain, profile), facts)
     run.create()
     with run.lock():
-        save(chain, config, remake=False, held=True)
+        save(chain, config, remake, held=True)
         keep_profile(run, profile, facts)
         make_id(run)
         write_host(run.path / "slurm")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +10,11 @@ import typer
 
 from hpc.disk import expanded
 from hpc.errors import UserError, one_line
+from hpc.needs import absent
 from insightv.cli.runs import ChainArgument, Overrides
 
 if TYPE_CHECKING:
-    from insightv.config import ChainConfig, ModelConfig, QuestionsSection
+    from insightv.config import ModelConfig, QuestionsSection
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -44,7 +44,7 @@ def prefetch(
         if _is_hub(path):
             model.path = str(folders[path])
             named.append(f"models.{role}.path={folders[path]}")
-    check_packages(config)
+    check_packages(config.questions)
     resolve(config)
     for path, folder in folders.items():
         print(f"model  {path}: {folder}, digest {digest_of(folder)}")
@@ -96,31 +96,19 @@ def _model(role: str, model: ModelConfig, to: Path) -> Path:
     return folder
 
 
-def check_packages(config: ChainConfig) -> None:
+def check_packages(questions: QuestionsSection) -> None:
     """Looks whether what the question sets are read from can be imported; imports nothing.
 
     Raises:
         UserError: A package is missing.
     """
-    from insightv.demo.tables import INSTALL, PACKAGES
-    from insightv.questions.sources import INSTALL as INSTALL_DATA
+    from insightv.demo.sets import SPLITS
+    from insightv.questions.making import packages_of
 
-    needed: dict[str, str] = {}
-    for name in _asked(config.questions):
-        for package in ("easy_vqa",) if name == "shapes" else PACKAGES:
-            needed.setdefault(package, name)
-    asked = config.questions
-    for mapping in (*asked.mappings, *asked.held_out_mappings):
-        local = asked.place.of(mapping).is_dir()
-        package = (
-            "pyarrow" if local and mapping.format == "parquet" else "" if local else "datasets"
-        )
-        if package and not find_spec(package):
-            raise UserError(f"{mapping.name}: needs the package {package}: {INSTALL_DATA}")
-    absent = {package: name for package, name in needed.items() if not find_spec(package)}
-    if absent:
-        name = next(iter(absent.values()))
-        raise UserError(f"questions.{name} needs the package {', '.join(absent)}: {INSTALL}")
+    for split in SPLITS:
+        if lacking := absent(packages_of(questions, split)):
+            names = ", ".join(package.name for package in lacking)
+            raise UserError(f"questions need the package {names}: {lacking[0].install}")
 
 
 def _asked(questions: QuestionsSection) -> dict[str, int]:

@@ -15,7 +15,6 @@ from insightv.cli.runs import (
     RunOption,
     console,
     make,
-    need_packages,
     save,
 )
 
@@ -86,7 +85,6 @@ def _there(chain: Chain, config: ChainConfig, profile: Profile) -> None:
     from hpc.status import status
     from hpc.submission import job_counts, submit
 
-    need_packages(chain, config, profile)
     submit(chain, profile, remake=True, prepare=lambda: save(chain, config, True, held=True))
     print(f"{chain.run.path}: waiting; Ctrl-C leaves it running, the same command comes back to it")
     seen = 0

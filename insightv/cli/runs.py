@@ -13,7 +13,6 @@ from hpc.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hpc.cluster import Profile
     from hpc.rundir import Chain
     from insightv.config import ChainConfig
 
@@ -125,9 +124,10 @@ def make(
     """Runs what is missing, here."""
     from hpc import gates
     from hpc.admission import fits
-    from hpc.cluster import Profile
+    from hpc.cluster import Profile, Resources
     from hpc.driver import drive
     from hpc.executors.local import LocalExecutor
+    from hpc.needs import refuse_absent
     from hpc.progress import Bars
     from hpc.status import check_sizes
 
@@ -136,8 +136,9 @@ def make(
     if all(standing.values()):
         print(f"{chain.run.path}: complete, nothing to do")
     else:
-        need_packages(chain, config)
-        fits(chain, Profile())  # here every training is one process
+        refuse_absent(chain)
+        # Here every training is one process, and workers have what GPUs there are.
+        fits(chain, Profile(gpu=Resources()))
         chain.run.create()
         refuse_queued(chain)
         save(chain, config, remake)
@@ -153,25 +154,6 @@ def make(
             executor = LocalExecutor(preload=() if chain.image else PRELOAD)
             slots = config.local.slots or None
             drive(chain, executor, bars, slots, remake=remake, other_image=other_image)
-
-
-def need_packages(chain: Chain, config: ChainConfig, profile: Profile | None = None) -> None:
-    """Refuses, before any work, a chain whose questions cannot be made for want of a package.
-
-    What an image or a program of the profile's own holds is not to be seen from here.
-
-    Raises:
-        UserError: A package is missing that a stage yet to be made reads its questions from.
-    """
-    from hpc import gates
-    from insightv.cli.prefetch import check_packages
-
-    elsewhere = profile is not None and (profile.container.image or profile.program)
-    if chain.image or elsewhere:
-        return
-    standing = gates.standing(chain)
-    if not all(made for name, made in standing.items() if name.startswith("questions-")):
-        check_packages(config)
 
 
 def _take_over(chain: Chain, donors: Sequence[Path]) -> None:
@@ -209,10 +191,8 @@ def save(chain: Chain, config: ChainConfig, remake: bool, held: bool = False) ->
         remake: Whether work of another configuration may be replaced.
         held: Whether the caller holds the run's lock.
     """
-    from hpc import gates
     from hpc.config import dump
     from hpc.disk import write_atomic
-    from hpc.rundir import Chain
     from insightv.chain import SUMMARIES
 
     text, path = dump(config), chain.run.chain_file
@@ -221,20 +201,33 @@ def save(chain: Chain, config: ChainConfig, remake: bool, held: bool = False) ->
     if not held and chain.run.locked():
         raise UserError(f"{chain.run.path}: another process runs this chain; wait for it")
     if not remake:
-        lasting = [stage for name, stage in chain.stages.items() if name not in SUMMARIES]
-        try:
-            gates.refuse_changes(Chain(lasting, chain.run, chain.command))
-        except UserError as error:
-            raise UserError(
-                f"{error}{_asked(path, config)}; `insightv run … --run-dir NEW "
-                f"--reuse {chain.run.path}` takes over what stays equal"
-            ) from None
+        refuse_changed(chain, config)
     for name in SUMMARIES:
         # They only tell what the other stages made, and follow any change.
         manifest = chain.run.read_manifest(name)
         if manifest is not None and manifest["hash"] != chain.identity(name):
             chain.run.remove(name, chain.stages[name].outputs)
     write_atomic(path, text)
+
+
+def refuse_changed(chain: Chain, config: ChainConfig) -> None:
+    """Refuses a configuration other than the one that finished stages were made with.
+
+    Raises:
+        UserError: It is another; which keys, and what to do.
+    """
+    from hpc import gates
+    from hpc.rundir import Chain
+    from insightv.chain import SUMMARIES
+
+    lasting = [stage for name, stage in chain.stages.items() if name not in SUMMARIES]
+    try:
+        gates.refuse_changes(Chain(lasting, chain.run, chain.command))
+    except UserError as error:
+        raise UserError(
+            f"{error}{_asked(chain.run.chain_file, config)}; `insightv run … --run-dir NEW "
+            f"--reuse {chain.run.path}` takes over what stays equal"
+        ) from None
 
 
 def _asked(path: Path, config: ChainConfig) -> str:

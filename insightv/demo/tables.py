@@ -18,16 +18,26 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hpc.errors import UserError
+from hpc.stages import Package
 from insightv.demo.series import Reader
 from insightv.demo.sources import READERS
 
 LARGEST = 40
 """Values are whole numbers from 1 to this."""
 
-PACKAGES = ("pandas", "plotly", "sklearn", "statsmodels", "vega_datasets")
-"""What the tables are read from, by the names they are imported by."""
-
 INSTALL = "pip install -c constraints.txt '.[demo]', in the clone"
+
+PACKAGES = tuple(
+    Package(name, module, INSTALL)
+    for name, module in (
+        ("pandas", "pandas"),
+        ("plotly", "plotly"),
+        ("scikit-learn", "sklearn"),
+        ("statsmodels", "statsmodels"),
+        ("vega-datasets", "vega_datasets"),
+    )
+)
+"""What the tables are read from."""
 
 _SALT = "insightv-hpc charts 1"
 _SHARES = (("train", 0.45), ("validation", 0.60), ("test", 1.0))  # cumulative: 45, 15, 40 %

@@ -125,7 +125,7 @@ def read_runs(runs: Sequence[Path]) -> list[Condition]:
         run = RunDir(path)
         if not run.chain_file.is_file():
             raise UserError(f"{path} is no run directory: it has no chain.yaml")
-        config = shaping(load(ChainConfig, run.chain_file))
+        config = shaping(load(ChainConfig, run.chain_file), defaults=True)
         member = Member(path, config["seed"], read_predictions(path))
         if not member.entries:
             raise UserError(f"{path}: no entry of the ladder is complete; `insightv run` first")

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
 from hpc import shards
+from hpc.config import read_yaml
 from hpc.rundir import RunDir, write_json
 from insightv.evaluation import stopping
 from insightv.evaluation.benchmark_scores import read_scores
@@ -171,8 +171,8 @@ def eval_stage(entry: str) -> str:
 def entries_of(run: Path) -> list[str] | None:
     """The entries that the run's ``chain.yaml`` asks for; None where it says nothing of them."""
     path = RunDir(run).chain_file
-    written = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    entries = ((written or {}).get("evaluation") or {}).get("entries")
+    written = read_yaml(path) if path.is_file() else {}
+    entries = (written.get("evaluation") or {}).get("entries")
     return None if entries is None else [str(entry) for entry in entries]
 
 

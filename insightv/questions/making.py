@@ -10,19 +10,40 @@ from typing import TYPE_CHECKING, Any
 
 from hpc.config import shaping
 from hpc.errors import UserError
+from hpc.stages import Package
+from insightv.demo.tables import INSTALL as INSTALL_DEMO
+from insightv.demo.tables import PACKAGES
 from insightv.questions.duplicates import Fingerprint, HeldOut
 from insightv.questions.media import Nowhere, PictureSink
 from insightv.questions.reading import Asked, Dropped, read_questions
+from insightv.questions.sources import INSTALL
 from insightv.records import Question
 
 if TYPE_CHECKING:
     from insightv.config import ChainConfig, QuestionsSection
 
+EASY_VQA = Package("easy-vqa", "easy_vqa", INSTALL_DEMO)
 DUPLICATES = ("question", "picture", "keep")
 DROPPED = "dropped.jsonl"
 """In the stage's folder: key, reason and detail of everything that became no question."""
 _LATER = {"train": ("validation", "test"), "validation": ("test",), "test": ()}
 """What each split must not hold: questions of those that are evaluated on later."""
+
+
+def packages_of(asked: QuestionsSection, split: str) -> tuple[Package, ...]:
+    """What the questions of a split are read with, beside what every installation has."""
+    found: list[Package] = []
+    drawn = {name: getattr(getattr(asked, name), split) for name in ("charts", "reading", "shapes")}
+    if drawn["charts"] or drawn["reading"]:
+        found += PACKAGES
+    if drawn["shapes"]:
+        found.append(EASY_VQA)
+    for mapping in (*asked.mappings, *asked.held_out_mappings):
+        if not asked.place.of(mapping).is_dir():
+            found.append(Package("datasets", "datasets", INSTALL))
+        elif mapping.format == "parquet":
+            found.append(Package("pyarrow", "pyarrow", INSTALL))
+    return tuple(dict.fromkeys(found))
 
 
 def make_read(

@@ -4,7 +4,7 @@ A sample is tokenised as inference does it: the tokens of the chat up to an assi
 are exactly those a model is given when it is asked for that turn. Targets are the turn's
 text and the end-of-turn token.
 
-Which samples make up a step depends on (seed, step) alone. How a step is packed into
+Which samples make up a step depends on the seed and the step alone. How a step is packed into
 micro-batches (`insightv.training.packing`) depends on lengths, the token budget and the
 number of ranks, and changes no result.
 """
@@ -62,11 +62,13 @@ class Example:
         key: The row's key.
         replies: The sequences.
         reference: Their summed log-probabilities under the reference model; empty for SFT.
+        pictures: Ids of the pictures that every one of them begins with.
     """
 
     key: str
     replies: tuple[Reply, ...]
     reference: tuple[float, ...] = ()
+    pictures: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -122,7 +124,7 @@ class Encoder:
         """
         sample = _record(TrainingSample, row)
         reply = self._reply(sample.key, sample.messages, sample.pictures)
-        return Example(sample.key, (reply,))
+        return Example(sample.key, (reply,), pictures=sample.pictures)
 
     def pair(self, row: Row) -> Example:
         """A `PreferencePair` row; its reference values, where known, go with it.
@@ -139,7 +141,8 @@ class Encoder:
             for text in (pair.chosen, pair.rejected)
         )
         known = (pair.reference_chosen, pair.reference_rejected)
-        return Example(pair.key, replies, tuple(value for value in known if value is not None))
+        reference = tuple(value for value in known if value is not None)
+        return Example(pair.key, replies, reference, pair.pictures)
 
     def _reply(self, key: str, messages: Sequence[Message], pictures: Sequence[str]) -> Reply:
         trained = [turn for turn, message in enumerate(messages) if message.train]
@@ -156,7 +159,7 @@ class Encoder:
             raise TooLong(f"{length} tokens, more than max_length {self.max_length}")
         spans = [self._earlier(messages, turn, shown, prompt) for turn in trained[:-1]]
         marks = {name: [*values, *[0] * len(target)] for name, values in prompt.marks.items()}
-        whole = chats.Encoding(prompt.ids + target, marks, prompt.pictures)
+        whole = chats.Encoding(prompt.ids + target, marks, prompt.pictures, prompt.opening)
         return Reply(whole, (*spans, (len(prompt.ids), length)))
 
     def _target(self, messages: Sequence[Message], turn: int) -> list[int]:
@@ -207,6 +210,7 @@ class Rows:
 
     Attributes:
         digest: SHA-256 (16 hex digits) over all rows.
+        pictures: [rows] A number for each row's pictures; rows without any have their own.
     """
 
     def __init__(
@@ -247,26 +251,28 @@ class Rows:
             source, lines = "the training data", iter(rows)
         if self._names:
             self._file = self._names[0].open("w+b")
-        total, offsets, end = hashlib.sha256(), [0], 0
+        total, offsets, pictures, end = hashlib.sha256(), [0], [], 0
         for row in lines:
             check(row)
             line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
             total.update(line)
             end += self._file.write(line)
             offsets.append(end)
+            pictures.append(_number(row["pictures"]) if row.get("pictures") else -len(offsets))
         if end == 0:
             raise UserError(f"nothing to train on: {source} holds no rows")
         self._file.flush()
-        self._offsets = np.array(offsets)
+        self._offsets, self.pictures = np.array(offsets), np.array(pictures)
         if self._names:
-            np.save(self._names[1], self._offsets)
+            np.save(self._names[1], np.concatenate([self._offsets, self.pictures]))
         return total.hexdigest()[:16]
 
     def _open(self) -> None:
         """On the ranks that read what the first has written."""
         if not self._lead:
             self._file = self._names[0].open("rb")
-            self._offsets = np.load(self._names[1])
+            found = np.load(self._names[1])
+            self._offsets, self.pictures = np.split(found, [len(found) // 2 + 1])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -287,18 +293,41 @@ class Rows:
                 name.unlink(missing_ok=True)
 
 
-def step_members(seed: int, step: int, rows: int, batch_size: int, epochs: int) -> list[int]:
-    """Row numbers of a step, from 0; the last step of all may be smaller.
+class Members:
+    """Which rows a step has; it depends on what is given here alone."""
 
-    Every epoch is its own seeded shuffle, and a step may begin in one and end in the next.
-    """
-    places = range(step * batch_size, min((step + 1) * batch_size, rows * epochs))
-    return [int(_shuffled(seed, place // rows, rows)[place % rows]) for place in places]
+    def __init__(
+        self, seed: int, rows: int, batch_size: int, epochs: int, pictures: np.ndarray | None = None
+    ):
+        """Every epoch is its own seeded shuffle.
 
+        Args:
+            seed: Of the shuffles.
+            rows: How many there are.
+            batch_size: Rows of a step.
+            epochs: How often each row is seen.
+            pictures: [rows] A number for each row's pictures. Given, the rows of the same
+                pictures stand behind the first of them in each shuffle.
+        """
+        self._rows, self._batch_size, self._epochs = rows, batch_size, epochs
+        self._pictures = pictures
+        self._order = lru_cache(maxsize=2)(lambda epoch: self._shuffled(seed, epoch))
 
-@lru_cache(maxsize=4)
-def _shuffled(seed: int, epoch: int, rows: int) -> np.ndarray:
-    return np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(rows)
+    def __call__(self, step: int) -> list[int]:
+        """Row numbers of a step, counted from 0.
+
+        A step may begin in one epoch and end in the next; the last of all may be smaller.
+        """
+        start = step * self._batch_size
+        places = range(start, min(start + self._batch_size, self._rows * self._epochs))
+        return [int(self._order(place // self._rows)[place % self._rows]) for place in places]
+
+    def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(self._rows)
+        if self._pictures is None:
+            return order
+        _, firsts, groups = np.unique(self._pictures[order], return_index=True, return_inverse=True)
+        return order[np.argsort(firsts[groups], kind="stable")]
 
 
 def encode_all(
@@ -312,6 +341,12 @@ def encode_all(
         except RecordError as error:
             dropped[str(row["key"])] = f"{type(error).__name__}: {error}"
     return examples, dropped
+
+
+def _number(pictures: Sequence[str]) -> int:
+    """A positive number of 63 bits."""
+    told = hashlib.sha256(json.dumps(list(pictures)).encode()).digest()
+    return int.from_bytes(told[:8]) >> 1
 
 
 def _record(kind: Any, row: Row) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hpc.config import unhashed, unhashed_factory
+from hpc.config import later, unhashed, unhashed_factory
 from hpc.errors import UserError
 from insightv.training.megatron.layout import Layout
 
@@ -56,6 +56,11 @@ class TrainConfig:
         max_length: Longest sequence in tokens, picture tokens included; a longer sample is
             dropped and counted, never cut.
         seed: Shuffles the data.
+        share_pictures: Rows of the same pictures follow each other in the shuffle, and those
+            that meet in a step go through the model as one tree: the picture, and whatever else
+            they begin with, is computed once for all. Questions about one picture, and pairs of
+            one question, then cost little more than one of them; a step sees fewer pictures.
+            Off, rows are shuffled one by one, as is usual.
         max_skipped_steps: How many steps may be passed over, because their loss is not a number
             or for `spike_factor`, before the training ends.
         spike_factor: A step whose gradient norm is more than so many times the median of the
@@ -100,6 +105,7 @@ class TrainConfig:
     freeze_vision: bool = True  # paper
     max_length: int = 12288  # paper
     seed: int = 0
+    share_pictures: bool = later(False)
     max_skipped_steps: int = 3
     spike_factor: float = 0.0
     spike_window: int = 32
@@ -235,6 +241,8 @@ class ReferenceConfig:
     Attributes:
         precision: As in training, so that the first step's margins are 0.
         max_length: A pair that is longer is passed on without values; training drops it.
+        share_pictures: The pairs of one question go through the model as one tree, as in
+            training.
         tokens_per_batch: The packing budget, as ``tokens_per_micro_batch`` in training.
         concurrency: How many questions are in flight, so that batches fill.
         picture_cache_mb: Memory for prepared pictures.
@@ -243,6 +251,7 @@ class ReferenceConfig:
 
     precision: str = "bf16"
     max_length: int = 12288
+    share_pictures: bool = later(False)
     tokens_per_batch: int = unhashed(16384)
     concurrency: int = unhashed(64)
     picture_cache_mb: int = unhashed(256)

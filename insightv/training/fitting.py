@@ -11,12 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc.errors import UserError, one_line
+from hpc.stages import Package
 from insightv.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from hpc.cluster import Resources
     from insightv.training.megatron.estimate import Memory
     from insightv.training.memory import Base
+
+PACKAGES = {
+    "deepspeed": (
+        Package("accelerate", "accelerate", "pip install -c constraints.txt '.[deepspeed]'"),
+        Package("deepspeed", "deepspeed", "pip install -c constraints.txt '.[deepspeed]'"),
+    ),
+    "megatron": (
+        Package("megatron-core", "megatron.core", "pip install -c constraints.txt '.[megatron]'"),
+    ),
+}
+"""What a training imports beside torch and transformers, by its backend."""
 
 
 def fit(stage: str, training: TrainConfig, base: Path, asked: Resources) -> str:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
+from typing import NamedTuple
 
 from hpc.errors import UserError
 from hpc.stages import Row
-from insightv.training.batches import Example, Rows, encode_all, step_members
+from insightv.training.batches import Example, Members, Rows, encode_all
 from insightv.training.config import TrainConfig
 from insightv.training.objectives import Totals
 from insightv.training.packing import Batch, Packer, Planned, Tree
@@ -30,7 +31,7 @@ class Step:
         totals: Of the global batch.
         dropped: Samples of the global batch that could not be used: key → reason.
         trees: The copy's samples.
-        most: How many the copy with the most has.
+        most: How many samples the copy with the most has.
         flops: Operations that the global batch's samples cost (`balance.Cost`).
     """
 
@@ -40,6 +41,26 @@ class Step:
     trees: list[Tree] = field(default_factory=list)
     most: int = 0
     flops: float = 0.0
+
+
+class Measure(NamedTuple):
+    """What a plan must know of a tree.
+
+    Attributes:
+        key: Of its first sample.
+        unit: The number of the unit it is of.
+        place: Which of the unit's trees it is.
+        length: Its tokens.
+        cost: Operations (`balance.Cost`).
+        samples: How many samples it holds.
+    """
+
+    key: str
+    unit: int
+    place: int
+    length: int
+    cost: float
+    samples: int
 
 
 class Loader:
@@ -68,6 +89,8 @@ class Loader:
         """
         self.config, self.rows, self.encode, self.packer = config, rows, encode, packer
         self.ranks, self.copies, self.copy = ranks, copies, copy
+        pictures = rows.pictures if config.share_pictures else None
+        self._members = Members(config.seed, len(rows), config.batch_size, config.epochs, pictures)
 
     def __call__(self, step: int) -> Step:
         """Prepares a step, counted from 0.
@@ -76,30 +99,25 @@ class Loader:
             UserError: A row is no training sample.
             SystemExit: The same, on another rank.
         """
-        config = self.config
-        members = step_members(config.seed, step, len(self.rows), config.batch_size, config.epochs)
-        trees: dict[int, Tree] = {}
-        reports = self.ranks.every(lambda: self._measured(members, trees))
+        units = self._units(self._members(step))
+        trees: dict[tuple[int, int], Tree] = {}
+        reports = self.ranks.every(lambda: self._measured(units, trees))
         # By key, so that the order of rows and of ranks changes no sum.
-        samples = sorted(
-            (key, place, n, cost) for told, _ in reports for key, place, n, cost in told
-        )
+        found = sorted(Measure(*told) for measured, _ in reports for told in measured)
         dropped = {key: reason for _, lost in reports for key, reason in lost.items()}
-        if not samples:
+        if not found:
             return Step(dropped=dropped)
         plans = self.packer.plan(
-            [length for _, _, length, _ in samples],
-            [cost for _, _, _, cost in samples],
-            self.copies,
+            [one.length for one in found], [one.cost for one in found], self.copies
         )
         plan = plans[self.copy]
         batches: list[Batch] = []
 
         def tree(number: int) -> Tree:
-            key, place, *_ = samples[number]
-            if place not in trees:
-                trees[place] = self._again(key, members[place])
-            return trees[place]
+            one = found[number]
+            if (one.unit, one.place) not in trees:
+                trees[one.unit, one.place] = self._again(one, units[one.unit], dropped)
+            return trees[one.unit, one.place]
 
         def make() -> list[int]:
             batches.extend(self.packer.made(plan, tree))
@@ -112,33 +130,50 @@ class Loader:
             sum(of_copies.values(), Totals()),
             dropped,
             [tree(number) for number in _numbers(plan)],
-            max(len(_numbers(one)) for one in plans),
-            math.fsum(cost for *_, cost in samples),
+            max(sum(found[number].samples for number in _numbers(one)) for one in plans),
+            math.fsum(one.cost for one in found),
         )
 
+    def _units(self, members: list[int]) -> list[list[int]]:
+        """Rows that may share a tree, which one rank measures together."""
+        if not self.config.share_pictures:
+            return [[number] for number in members]
+        units: dict[int, list[int]] = {}
+        for number in members:
+            units.setdefault(int(self.rows.pictures[number]), []).append(number)
+        return list(units.values())
+
     def _measured(
-        self, members: list[int], trees: dict[int, Tree]
-    ) -> tuple[list[tuple[str, int, int, float]], dict[str, str]]:
-        """This rank's share of a step: key, place, length and cost of each; what is dropped."""
-        told: list[tuple[str, int, int, float]] = []
+        self, units: list[list[int]], trees: dict[tuple[int, int], Tree]
+    ) -> tuple[list[Measure], dict[str, str]]:
+        """This rank's share of a step, and what of it is dropped."""
+        told: list[Measure] = []
         dropped: dict[str, str] = {}
-        for place in range(self.ranks.rank, len(members), self.ranks.count):
-            found, lost = encode_all([self.rows[members[place]]], self.encode)
+        for unit in range(self.ranks.rank, len(units), self.ranks.count):
+            made, lost = self._trees(units[unit])
             dropped |= lost
-            for example in found:
-                tree = trees[place] = self.packer.tree(example)
-                told.append((tree.key, place, len(tree.ids), self.packer.cost(tree)))
+            for place, tree in enumerate(made):
+                trees[unit, place] = tree
+                cost = self.packer.cost(tree)
+                told.append(
+                    Measure(tree.keys[0], unit, place, len(tree.ids), cost, len(tree.samples))
+                )
         return told, dropped
 
-    def _again(self, key: str, number: int) -> Tree:
-        """A sample that another rank has measured."""
-        found, lost = encode_all([self.rows[number]], self.encode)
-        if lost:
+    def _again(self, one: Measure, unit: list[int], dropped: dict[str, str]) -> Tree:
+        """A tree that another rank has measured."""
+        made, lost = self._trees(unit)
+        if new := lost.keys() - dropped.keys():
+            key = min(new)
             raise UserError(
                 f"sample {key} could be read by one process and not by another "
                 f"({lost[key]}): check the file system"
             )
-        return self.packer.tree(found[0])
+        return made[one.place]
+
+    def _trees(self, unit: list[int]) -> tuple[list[Tree], dict[str, str]]:
+        found, lost = encode_all([self.rows[number] for number in unit], self.encode)
+        return self.packer.trees(found), lost
 
 
 def _numbers(plan: list[Planned]) -> list[int]:

@@ -4,22 +4,23 @@ A sample becomes a *tree*: the tokens all its replies begin with (picture, quest
 replies' own common beginning) once, then what is left of each reply as a branch. A branch
 sees the prefix and itself, never another branch; position ids go on from the prefix in each.
 So winner and loser of a preference pair cost one picture and one question, with the numbers
-of two separate sequences (arXiv 2410.20305, 2602.24082). A sample with one reply is a
-prefix without branches.
+of two separate sequences (arXiv 2410.20305, 2602.24082). Samples of one picture may share a
+tree in the same way (`Packer.trees`). One reply alone is a prefix without branches.
 
 Trees stand one behind the other in the rows of a micro-batch. Two numbers a token say who
 sees whom: its segment and the segment it goes on from. `insightv.training.attention` turns
 them into what a backend's attention takes.
 
 Packing happens inside one optimizer step: which samples these are is settled before
-(`insightv.training.batches.step_members`), and where they land changes no result.
+(`insightv.training.batches.Members`), and where they land changes no result.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -44,24 +45,23 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """One example, laid out.
+    """Examples of one picture, or a single one, laid out.
 
     Attributes:
-        key: The example's.
+        samples: The examples; their replies are numbered in this order.
         ids: Token ids: the prefix, then the branches.
         marks: Per-token marks of the model's family, as long as ``ids``.
         pictures: The pictures, all of them in the prefix.
         positions: [n], or [3, n] for M-RoPE.
-        lengths: Tokens of the prefix and of each branch.
+        lengths: Tokens of the prefix and of each branch; equal replies are one branch.
         places: For each target, the index in ``ids`` of the token that predicts it.
         targets: Target token ids. One place may predict a target of several replies.
         owners: For each target, the number of its reply.
         replies: How many replies.
-        reference: Their log-probabilities under the reference; empty for SFT.
         unshared: Tokens the replies would have as sequences of their own.
     """
 
-    key: str
+    samples: tuple[Example, ...]
     ids: list[int]
     marks: dict[str, list[int]]
     pictures: tuple[chats.EncodedPicture, ...]
@@ -71,18 +71,18 @@ class Tree:
     targets: list[int]
     owners: list[int]
     replies: int
-    reference: tuple[float, ...]
     unshared: int
 
     @classmethod
-    def of(cls, example: Example, positions: Callable[[chats.Encoding], Tensor]) -> Tree:
-        """Lays an example out.
+    def of(cls, samples: Sequence[Example], positions: Callable[[chats.Encoding], Tensor]) -> Tree:
+        """Lays examples out.
 
         Args:
-            example: Its replies answer the same prompt.
+            samples: All their replies begin with the same pictures.
             positions: Position ids of one sequence, [n] or [3, n] (`chats.positions`).
         """
-        encodings = [reply.encoding for reply in example.replies]
+        replies = [reply for sample in samples for reply in sample.replies]
+        encodings = [reply.encoding for reply in replies]
         first = encodings[0]
         prefix = min(_common(first.ids, encoding.ids) for encoding in encodings)
         ids, marks = first.ids[:prefix], {k: v[:prefix] for k, v in first.marks.items()}
@@ -91,8 +91,11 @@ class Tree:
         places: list[int] = []
         targets: list[int] = []
         owners: list[int] = []
-        for number, reply in enumerate(example.replies):
-            encoding, start = reply.encoding, len(ids)
+        branches: dict[tuple[int, ...], int] = {}
+        for number, reply in enumerate(replies):
+            encoding = reply.encoding
+            branch = tuple(encoding.ids[prefix:])
+            start = branches.setdefault(branch, len(ids))
             # Where a token of this reply stands in the tree: its prefix, or its own branch.
             moved = start - prefix
             for begin, stop in reply.spans:
@@ -101,14 +104,14 @@ class Tree:
                 places += [at if at < prefix else at + moved for at in sources]
                 targets += encoding.ids[begin:stop]
                 owners += [number] * (stop - begin)
-            if len(example.replies) > 1:
+            if start == len(ids) and branch:
                 ids = ids + encoding.ids[prefix:]
                 for name, values in marks.items():
                     values += encoding.marks[name][prefix:]
                 laid.append(positions(encoding)[..., prefix:])
                 lengths.append(len(encoding.ids) - prefix)
         return cls(
-            key=example.key,
+            samples=tuple(samples),
             ids=ids,
             marks=marks,
             pictures=first.pictures,
@@ -117,10 +120,14 @@ class Tree:
             places=places,
             targets=targets,
             owners=owners,
-            replies=len(example.replies),
-            reference=example.reference,
+            replies=len(replies),
             unshared=sum(len(encoding.ids) for encoding in encodings),
         )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The examples'."""
+        return tuple(sample.key for sample in self.samples)
 
     @property
     def pairs(self) -> int:
@@ -130,12 +137,22 @@ class Tree:
         return causal + prefix * sum(branches)
 
 
+def _size(samples: Sequence[Example]) -> float:
+    """Tokens of a tree of examples; infinite where they share no pictures to begin with."""
+    if len({sample.pictures for sample in samples}) > 1:
+        return math.inf
+    encodings = [reply.encoding for sample in samples for reply in sample.replies]
+    first = encodings[0]
+    prefix = min(_common(first.ids, encoding.ids) for encoding in encodings)
+    if prefix < max(encoding.opening for encoding in encodings):
+        return math.inf
+    return prefix + sum(len(ids) - prefix for ids in {tuple(one.ids) for one in encodings})
+
+
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
-    if one is other:
-        return len(one)
-    same = takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False))
-    return sum(1 for _ in same)
+    least = min(len(one), len(other))
+    return bisect_left(range(least), True, key=lambda at: one[: at + 1] != other[: at + 1])
 
 
 @dataclass(frozen=True)
@@ -260,10 +277,11 @@ def collate(
         targets=torch.tensor([token for tree in trees for token in tree.targets], dtype=torch.long),
         owners=torch.tensor(owners, dtype=torch.long),
         reference=torch.tensor(
-            [value for tree in trees for value in tree.reference], dtype=torch.float64
+            [value for tree in trees for sample in tree.samples for value in sample.reference],
+            dtype=torch.float64,
         ),
         replies=replies,
-        keys=tuple(tree.key for tree in trees if tree.replies),
+        keys=tuple(key for tree in trees for key in tree.keys),
         tokens=sum(len(tree.ids) for tree in trees),
         unshared=sum(tree.unshared for tree in trees),
         spans=tuple(spans),
@@ -329,7 +347,23 @@ class Packer:
 
     def tree(self, example: Example) -> Tree:
         """An example, laid out for this model."""
-        return Tree.of(example, self.positions)
+        return Tree.of([example], self.positions)
+
+    def trees(self, examples: Sequence[Example]) -> list[Tree]:
+        """Lays out examples, those of the same pictures together where that saves tokens."""
+        together: list[list[Example]] = []
+        for example in examples:
+            saved, best = 0.0, None
+            for samples in together:
+                size = _size([*samples, example])
+                apart = _size(samples) + _size([example])
+                if size <= self.budget and apart - size > saved:
+                    saved, best = apart - size, samples
+            if best is None:
+                together.append([example])
+            else:
+                best.append(example)
+        return [Tree.of(samples, self.positions) for samples in together]
 
     def alone(self, tree: Tree) -> Batch:
         """A micro-batch of one tree."""
@@ -372,7 +406,10 @@ class Packer:
         The order in which they come changes nothing, not even the last bit of a sum.
         """
         ordered = sorted(examples, key=lambda one: one.key)
-        trees = [self.tree(example) for example in ordered]
+        return self.packed([self.tree(example) for example in ordered], rank, ranks)
+
+    def packed(self, trees: Sequence[Tree], rank: int = 0, ranks: int = 1) -> list[Batch]:
+        """One rank's micro-batches of trees that are all at hand."""
         lengths = [len(tree.ids) for tree in trees]
         planned = self.plan(lengths, [self.cost(tree) for tree in trees], ranks)
         return self.made(planned[rank], trees.__getitem__)

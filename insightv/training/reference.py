@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from insightv.training.config import ReferenceConfig
 from insightv.training.objectives import segment_sums
 from insightv.training.packing import Packer
 from insightv.training.policy import LogProbs
+
+Values = tuple[float, float]
+"""Of the chosen and of the rejected reply of a pair."""
 
 
 class Reference:
@@ -41,7 +46,8 @@ class Reference:
         self._encoder = Encoder(
             loaded.processor, pictures, config.max_length, config.picture_cache_mb
         )
-        self._waiting: list[tuple[Example, asyncio.Future[tuple[float, float]]]] = []
+        self._share = config.share_pictures
+        self._waiting: list[tuple[list[Example], asyncio.Future[list[Values]]]] = []
         self._thread = ThreadPoolExecutor(1)
         self._drain: asyncio.Task[None] | None = None
 
@@ -56,27 +62,29 @@ class Reference:
         loop = asyncio.get_running_loop()
         rows = inputs["pairs"]
         examples = await loop.run_in_executor(self._thread, self._encode, rows)
-        values = [None if example is None else loop.create_future() for example in examples]
-        for example, value in zip(examples, values, strict=True):
-            if example is not None and value is not None:
-                self._waiting.append((example, value))
-        if self._waiting and (self._drain is None or self._drain.done()):
-            self._drain = asyncio.create_task(self._work())
+        known = [example for example in examples if example is not None]
+        values: Iterator[Values] = iter(())
+        if known:
+            answer: asyncio.Future[list[Values]] = loop.create_future()
+            self._waiting.append((known, answer))
+            if self._drain is None or self._drain.done():
+                self._drain = asyncio.create_task(self._work())
+            values = iter(await answer)
         return [
-            row if value is None else self._filled(row, await value)
-            for row, value in zip(rows, values, strict=True)
+            row if example is None else self._filled(row, next(values))
+            for row, example in zip(rows, examples, strict=True)
         ]
 
     async def close(self) -> None:
         """Ends the thread; calls still waiting are cancelled."""
         if self._drain is not None:
             self._drain.cancel()
-        for _, value in self._waiting:
-            value.cancel()
+        for _, answer in self._waiting:
+            answer.cancel()
         self._waiting.clear()
         self._thread.shutdown(wait=True)
 
-    def _filled(self, row: Row, values: tuple[float, float]) -> Row:
+    def _filled(self, row: Row, values: Values) -> Row:
         return {
             **row,
             "reference_chosen": values[0],
@@ -99,7 +107,7 @@ class Reference:
             taken, self._waiting = self._waiting, []
             try:
                 values = await loop.run_in_executor(
-                    self._thread, self._score, [example for example, _ in taken]
+                    self._thread, self._score, [examples for examples, _ in taken]
                 )
             except Exception as error:  # every waiting call must hear of it
                 for _, future in taken:
@@ -111,16 +119,16 @@ class Reference:
                     future.set_result(value)
 
     @torch.no_grad()
-    def _score(self, examples: Sequence[Example]) -> list[tuple[float, float]]:
-        """Summed log-probabilities of (chosen, rejected), in the order of ``examples``."""
+    def _score(self, calls: Sequence[Sequence[Example]]) -> list[list[Values]]:
+        """Summed log-probabilities of (chosen, rejected), in the order of each call's pairs."""
         # Keys of pairs need not be unique across questions in flight; places are.
-        marked = [
-            Example(f"{place:09d}", example.replies) for place, example in enumerate(examples)
-        ]
-        values: dict[int, tuple[float, float]] = {}
-        for batch in self._packer.batches(marked):
+        places = itertools.count()
+        marked = [[replace(one, key=f"{next(places):09d}") for one in call] for call in calls]
+        laid = self._packer.trees if self._share else lambda pairs: map(self._packer.tree, pairs)
+        values: dict[int, Values] = {}
+        for batch in self._packer.packed([tree for call in marked for tree in laid(call)]):
             batch = batch.to(self._device)
             sums = segment_sums(self._logps(batch), batch.owners, batch.replies).tolist()
             for number, key in enumerate(batch.keys):
                 values[int(key)] = (sums[2 * number], sums[2 * number + 1])
-        return [values[place] for place in range(len(examples))]
+        return [[values[int(one.key)] for one in call] for call in marked]

@@ -329,10 +329,11 @@ class _Training:
     def _losses(self, step: Step) -> list[tuple[str, float | None]]:
         """The loss of each of this copy's samples alone; None where it is not a number."""
         found: list[tuple[str, float | None]] = []
-        for tree in step.trees:
-            loss = self.backend.loss(self.backend.packer.alone(tree), self.objective)
-            found.append((tree.key, loss if math.isfinite(loss) else None))
-        for _ in range(step.most - len(step.trees)):  # copies ask equally often
+        packer = self.backend.packer
+        for sample in (sample for tree in step.trees for sample in tree.samples):
+            loss = self.backend.loss(packer.alone(packer.tree(sample)), self.objective)
+            found.append((sample.key, loss if math.isfinite(loss) else None))
+        for _ in range(step.most - len(found)):  # copies ask equally often
             self.backend.loss(step.batches[0].idle(), self.objective)
         return found
 

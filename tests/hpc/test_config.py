@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Optional
@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc.config import digest, dump, load, shaping, unhashed, unhashed_factory
+from hpc.config import (
+    digest,
+    dump,
+    later,
+    later_factory,
+    load,
+    shaping,
+    unhashed,
+    unhashed_factory,
+)
 from hpc.errors import UserError
 
 
@@ -129,6 +138,12 @@ def test_free_dictionaries_and_lists_are_replaced_but_one_entry_can_be_set(tmp_p
         ("extends: chain.yaml", [], ["extends itself"]),
         ("extends: {a: b}", [], ["extends is {'a': 'b'}", "or a list"]),
         ("extends: [3]", [], ["extends is [3]"]),
+        ("seed: 1\ntraining:\n  steps: 8:00:00 # hours\n", [], ["line 3", "8:00:00", "28,800"]),
+        ("training: {rate: 1:30.5}", [], ["line 1", "1:30.5", "90.5"]),
+        ("training: {tags: [a, '1:30', +12:30]}", [], ["+12:30", "quote"]),
+        ("named:\n  12:30: {name: a}", [], ["line 2", "12:30"]),
+        (None, ["training.steps=1:30:00"], ["override `training.steps=1:30:00`", "5,400"]),
+        (None, ["training.tags=[a, 12:30]"], ["12:30", "750"]),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -137,6 +152,18 @@ def test_what_is_wrong_is_named(
     message = refused(tmp_path, text, *overrides)
     for words in said:
         assert words in message
+
+
+def test_text_with_colons_stays_text(tmp_path: Path) -> None:
+    tags = ["8:00:00", "a:12:30", "0:30", "10.0.0.1:8000", "12:75"]
+    source = tmp_path / "chain.yaml"
+    source.write_text("training: {tags: ['8:00:00', a:12:30, 0:30, 10.0.0.1:8000, 12:75]}")
+    config = load(Config, source)
+    assert config.training.tags == tags
+    # What is written resolved is read again.
+    source.write_text(dump(config))
+    assert load(Config, source) == config
+    assert load(Config, None, ['training.tags=["8:00:00"]']).training.tags == tags[:1]
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
@@ -152,6 +179,71 @@ def test_unhashed_fields_shape_nothing() -> None:
     assert "workers" not in shaping(plain)["training"]
     assert digest(load(Config, None, ["training.rate=0.2"])) != digest(plain)
     assert len(digest(plain)) == 16
+
+
+@dataclass
+class Older:
+    """What `Newer` was when runs were made with it."""
+
+    rate: float = 0.1
+    inner: Entry = field(default_factory=Entry)
+    entries: list[Entry] = field(default_factory=list)
+
+
+@dataclass
+class NewerEntry(Entry):
+    margin: float = later(0)
+    mode: Mode = later(Mode.single)
+    workers: int = unhashed(1)
+
+
+@dataclass
+class Newer:
+    rate: float = 0.1
+    inner: NewerEntry = field(default_factory=NewerEntry)
+    entries: list[NewerEntry] = field(default_factory=list)
+    section: NewerEntry = later_factory(NewerEntry)
+    maybe: Optional[NewerEntry] = later(None)  # noqa: UP045
+    terms: dict[str, float] = later_factory(lambda: {"sigmoid": 1.0})
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rate=st.floats(0, 1),
+    n=st.integers(0, 9),
+    entries=st.lists(st.builds(Entry, st.text(max_size=3), st.integers(0, 9)), max_size=3),
+)
+def test_a_later_field_at_its_default_leaves_older_digests(
+    rate: float, n: int, entries: list[Entry]
+) -> None:
+    before = Older(rate, Entry("a", n), entries)
+    after = Newer(rate, NewerEntry("a", n), [NewerEntry(one.name, one.n) for one in entries])
+    assert shaping(after) == shaping(before) and digest(after) == digest(before)
+    for change in (
+        {"inner": NewerEntry("a", n, margin=0.5)},
+        {"inner": NewerEntry("a", n, mode=Mode.progressive)},
+        {"entries": [*after.entries, NewerEntry("z", margin=1.0)]},
+        {"section": NewerEntry(n=2)},
+        {"section": NewerEntry(margin=0.5)},
+        {"maybe": NewerEntry()},
+        {"terms": {"sft": 1.0}},
+    ):
+        assert digest(replace(after, **change)) != digest(before), change
+    # A workers count never shapes anything, in a later section as elsewhere.
+    assert digest(replace(after, section=NewerEntry(workers=8))) == digest(before)
+
+
+def test_a_later_field_is_read_written_and_compared_like_any_other(tmp_path: Path) -> None:
+    source = tmp_path / "chain.yaml"
+    source.write_text("inner: {margin: 0.5}\nterms: {sft: 1}\n")
+    config = load(Newer, source, ["inner.name=a", "section.name=b"])
+    assert shaping(config)["inner"] == {"name": "a", "n": 1, "margin": 0.5}
+    assert shaping(config)["terms"] == {"sft": 1.0} and "maybe" not in shaping(config)
+    whole = shaping(config, defaults=True)
+    assert whole["inner"] == {"name": "a", "n": 1, "margin": 0.5, "mode": "single"}
+    assert whole["maybe"] is None
+    source.write_text(dump(config))
+    assert load(Newer, source) == config
 
 
 def test_digest_is_that_of_canonical_json() -> None:

@@ -1,7 +1,9 @@
 """Tokens as inference sees them, targets where they belong, the same batch for any cut."""
 
 import io
+from itertools import groupby
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, picture
@@ -98,7 +100,7 @@ def test_only_marked_turns_are_targets(pictures):
     (start, stop), ids_ = reply.spans[0], reply.encoding.ids
     assert tokenizer.decode(ids_[start:stop]) == "second<|im_end|>"
     assert "third" not in tokenizer.decode(ids_)
-    tree = Tree.of(example, chats.positions(loaded("llava").model))
+    tree = Tree.of([example], chats.positions(loaded("llava").model))
     assert [ids_[place + 1] for place in tree.places] == tree.targets == ids_[start:stop]
 
 
@@ -190,26 +192,39 @@ def pool(factory) -> list[batches.Example]:
     size=st.integers(1, 17),
     epochs=st.integers(1, 3),
     seed=st.integers(0, 9),
+    pictures=st.integers(0, 6),
 )
-def test_every_epoch_sees_every_row(rows, size, epochs, seed):
-    steps = -(-rows * epochs // size)
-    members = [batches.step_members(seed, step, rows, size, epochs) for step in range(steps)]
-    flat = [row for step in members for row in step]
+def test_every_epoch_sees_every_row(rows, size, epochs, seed, pictures):
+    shown = np.random.default_rng(seed).integers(pictures, size=rows) if pictures else None
+    members = batches.Members(seed, rows, size, epochs, shown)
+    made = [members(step) for step in range(-(-rows * epochs // size))]
+    flat = [row for step in made for row in step]
     for epoch in range(epochs):
-        assert sorted(flat[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
-    assert all(len(step) == size for step in members[:-1]) and members[-1]
-    assert batches.step_members(seed, steps, rows, size, epochs) == []
+        order = flat[epoch * rows : (epoch + 1) * rows]
+        assert sorted(order) == list(range(rows))
+        if shown is not None:  # those of a picture stand behind each other
+            assert len(list(groupby(shown[order]))) == len(set(shown))
+    assert all(len(step) == size for step in made[:-1]) and made[-1]
+    assert members(len(made)) == []
 
 
 def test_membership_depends_on_the_seed():
-    assert batches.step_members(0, 0, 100, 20, 1) != batches.step_members(1, 0, 100, 20, 1)
-    first, second = (batches.step_members(0, step, 20, 20, 2) for step in (0, 1))
+    assert batches.Members(0, 100, 20, 1)(0) != batches.Members(1, 100, 20, 1)(0)
+    first, second = map(batches.Members(0, 20, 20, 2), (0, 1))
     assert first != second
+    # Rows of pictures of their own keep the order of the shuffle, and pictures keep its order.
+    alone = batches.Members(0, 20, 20, 2, np.arange(20)[::-1])
+    assert alone(0) == first
+    paired = batches.Members(0, 20, 20, 2, np.arange(20) // 2)(0)
+    assert [row // 2 for row in paired[::2]] == list(dict.fromkeys(row // 2 for row in first))
 
 
 def test_rows_are_read_back_by_number(tmp_path):
     rows = [{"key": f"k{n}", "text": "ünï\n" * n} for n in range(20)]
+    shown = {0: ["b", "a"], 3: ["a"], 7: ["a"], 9: ["a", "b"], 11: []}
+    rows = [row | {"pictures": shown.get(n, [f"p{n}"])} for n, row in enumerate(rows)]
     stored = batches.Rows(iter(rows), tmp_path)
+    assert stored.pictures[3] == stored.pictures[7] and len(set(stored.pictures)) == 19
     assert [stored[n] for n in reversed(range(20))] == rows[::-1] and len(stored) == 20
     other = batches.Rows(rows[:-1], tmp_path)
     assert stored.digest != other.digest and stored.digest == batches.Rows(rows, tmp_path).digest

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from hpc import gates
 from hpc.config import dump, shaping
 from hpc.rundir import RunDir
 from hpc.shards import write_groups
@@ -427,10 +428,31 @@ def test_a_plan_begins_with_its_table(insightv, no_cluster, tmp_path):
     assert status == 0 and lines[0].strip() == "jobs" and "#SBATCH" not in out
     assert lines[-1] == "no Slurm answers here: the chain was not held against a cluster"
     notes = [line for line in lines if line.startswith("note: ")]
-    assert len(notes) == 1 and "sft-" in notes[0] and "4 GPUs for each process" in notes[0]
+    rules, wide = notes  # no model judges here
+    assert "r0-judge" in rules and "1 GPU for each process, which computes on none" in rules
+    assert "sft-" in wide and "4 GPUs for each process" in wide
     assert "2 nodes x 1 tasks of the profile are not used" in out
     whole = insightv(*words, "--scripts")[1]
     assert whole.startswith(out) and "#SBATCH" in whole
+
+
+def test_a_plan_refuses_what_a_submission_would(insightv, no_cluster, run):
+    stage = run / "stages" / "questions-train"
+    write_groups(stage / "shards", [("k", [{"text": "t"}])])
+    (stage / "pictures").mkdir()
+    (stage / "pictures" / "pack").write_bytes(b"p")
+    (stage / "counts.json").write_text('{"charts": 1}')
+    assert gates.check(build(run), "questions-train") == gates.DONE
+    rest = [SMOKE, "--cluster", TESTBED, "--run-dir", run]
+    assert insightv("plan", *rest)[0] == 0
+    said = "stage questions-train was made with another configuration", "sizes.charts: "
+    changed = [rest[0], "questions.charts.train=7", *rest[1:]]
+    for words in ("plan",), ("plan", "--write", run / "scripts"), ("submit",):
+        refused(insightv(*words, *changed), *said, "changed: questions.charts.train: ")
+    status, out, _ = insightv("plan", *changed, "--remake")
+    assert status == 0 and "questions-train" in out
+    assert insightv("plan", *changed, "--remake", "--write", run / "scripts")[0] == 0
+    assert "questions.charts.train=7 --remake --cluster" in (run / "scripts/chain.sh").read_text()
 
 
 def test_torch_says_which_gpus_it_sees(insightv, monkeypatch):

@@ -77,6 +77,27 @@ def test_a_training_prefers_the_winners(name, pictures, tmp_path):
     assert all(w > r for w, r in zip(won, lost, strict=True))
 
 
+def test_shared_pictures_change_the_cost_only(pictures, tmp_path):
+    """Three pairs of each of two questions, from the reference to the policy."""
+    store_, ids = pictures
+    told, values = [], []
+    made = pair_rows(ids[:2])
+    made = [row | {"prompt": made[number % 2]["prompt"]} for number, row in enumerate(made)]
+    for share in (False, True):
+        rows, digest = referred(family("llava"), made, store_, share_pictures=share)
+        values.append([row["reference_chosen"] for row in rows])
+        context = Here(tmp_path / f"{share}")
+        settings = config(epochs=4, batch_size=6, share_pictures=share)
+        train_dpo(settings, family("llava"), rows, store_, tmp_path / f"m{share}", context, digest)
+        told.append(context.lines())
+    assert values[1] == pytest.approx(values[0], abs=1e-3)
+    for one, other in zip(*told, strict=True):
+        for name in ("loss", "margin", "logp_rejected", "kl"):
+            assert other[name] == pytest.approx(one[name], abs=1e-3), name
+        assert other["samples"] == one["samples"] == 6
+        assert other["tokens"] < 0.8 * one["tokens"]
+
+
 def test_bf16_begins_near_log_two(pictures, tmp_path):
     store_, ids = pictures
     rows, digest = referred(family("llava"), pair_rows(ids), store_, precision="bf16")

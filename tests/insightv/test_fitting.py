@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,17 @@ def test_a_chain_is_held_against_its_profile(tmp_path, monkeypatch):
 def test_keys_of_another_backend_are_refused(config, says):
     with pytest.raises(UserError, match=says):
         config.validate("a")
+
+
+def test_a_trainings_packages_are_known_before_it_is_queued(tmp_path):
+    keys = ["training.summary.backend=deepspeed", "rounds.dpo.backend=megatron"]
+    stages = assemble(read(ROOT / "configs/chain/smoke.yaml", keys), RunDir(tmp_path)).stages
+    needs = {name: [p.name for p in stage.needs] for name, stage in stages.items() if stage.needs}
+    assert needs["sft-summary"] == ["accelerate", "deepspeed"]
+    assert needs["r1-dpo"] == ["megatron-core"] and "sft-reasoning" not in needs
+    assert "plotly" in needs["questions-train"]
+    # Each of them is what an extra installs, or comes with one.
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = " ".join(line for lines in extras["optional-dependencies"].values() for line in lines)
+    for package in (package for stage in stages.values() for package in stage.needs):
+        assert package.name == "pandas" or package.name in known.replace("_", "-"), package

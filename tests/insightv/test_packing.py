@@ -19,7 +19,7 @@ from insightv.training.attention import SPANS, additive, attention_mask, span_at
 from insightv.training.balance import pack, plan
 from insightv.training.batches import Encoder, Example, Reply, encode_all
 from insightv.training.objectives import Supervised, Totals
-from insightv.training.packing import Packer, Tree, collate
+from insightv.training.packing import Batch, Packer, Tree, collate
 from insightv.training.policy import token_logps
 
 
@@ -61,12 +61,17 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def compared(
-    model, some: list[Example], packer: Packer, attention: str = "sdpa", limit: float = 1e-5
+    model,
+    some: list[Example],
+    packer: Packer,
+    attention: str = "sdpa",
+    limit: float = 1e-5,
+    batches: list[Batch] | None = None,
 ) -> None:
     """Log-probabilities of every reply, and every gradient, against plain sequences."""
     got, total = {}, 0.0
     model.set_attn_implementation({"": "sdpa", "text_config": attention})
-    for batch in packer.batches(some):
+    for batch in packer.batches(some) if batches is None else batches:
         logps = token_logps(model, batch)
         replies = [logps[batch.owners == number] for number in range(batch.replies)]
         per = batch.replies // len(batch.keys)
@@ -114,7 +119,7 @@ def test_packed_is_plain(name, kind, pictures, attention):
 def test_pairs_cost_their_prefix_once(name, pictures):
     some = examples(name, pictures, "pairs")
     for example in some:
-        tree = Tree.of(example, chats.positions(loaded(name).model))
+        tree = Tree.of([example], chats.positions(loaded(name).model))
         won, lost = (reply.encoding.ids for reply in example.replies)
         prompt = example.replies[0].spans[0][0]
         assert tree.lengths[0] >= prompt and sum(tree.lengths) == len(tree.ids)
@@ -131,9 +136,59 @@ def test_replies_may_be_equal_or_begin_alike(pictures):
     model = loaded("llava").model
     example = examples("llava", pictures, "pairs", 1)[0]
     twins = Example("twins", (example.replies[0], example.replies[0]))
-    tree = Tree.of(twins, chats.positions(model))
-    assert tree.lengths == (len(example.replies[0].encoding.ids), 0, 0)
+    tree = Tree.of([twins], chats.positions(model))
+    assert tree.lengths == (len(example.replies[0].encoding.ids),)
     compared(model, [twins, example], Packer(model, 0, 2000, ragged=True))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "samples"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_of_a_picture_cost_it_once(name, kind, pictures, attention):
+    model, pad = loaded(name).model, loaded(name).tokenizer.pad_token_id
+    store_, ids = pictures
+    rows = pair_rows(ids[:1]) if kind == "pairs" else sample_rows(ids[:1], 12)[1::3]
+    if kind == "pairs":
+        asked = "What is the largest of all the values in this chart? "
+        rows = [row | {"prompt": [{"role": "user", "text": asked * 3}]} for row in rows]
+    # A second pair has the same winner.
+    again = {**rows[1], "key": "again"} | ({"rejected": "None."} if kind == "pairs" else {})
+    encoder = Encoder(loaded(name).processor, store_, 4096, 64)
+    encode = encoder.pair if kind == "pairs" else encoder.sample
+    some, dropped = encode_all([*rows, again, *examples_of_others(rows, ids)], encode)
+    assert not dropped
+    packer = Packer(model, pad, 4000, attention == SPANS)
+    trees = packer.trees(some)
+    assert [len(tree.samples) for tree in trees] == [len(rows) + 1, 1]
+    shared, _ = trees
+    opening = some[0].replies[0].encoding.opening
+    assert shared.lengths[0] >= opening > 0
+    replies = {tuple(reply.encoding.ids) for one in some[:-1] for reply in one.replies}
+    assert len(shared.lengths) == 1 + len(replies) < 1 + shared.replies
+    assert len(shared.ids) < shared.unshared - opening * (len(replies) - 1)
+    compared(model, some, packer, attention, batches=packer.packed(trees))
+    # Room for some of them only: none is lost, none is cut.
+    tight = Packer(model, pad, len(shared.ids) * 2 // 3).trees(some)
+    assert sorted(key for tree in tight for key in tree.keys) == sorted(one.key for one in some)
+    assert len(tight) > 2 and all(len(tree.ids) <= len(shared.ids) * 2 // 3 for tree in tight[:-1])
+
+
+def test_pairs_that_share_more_with_themselves_stay_apart(pictures):
+    """One tree would part winner and loser where the questions part."""
+    store_, ids = pictures
+    encoder = Encoder(loaded("llava").processor, store_, 4096, 64)
+    rows = pair_rows(ids[:1])
+    asked = "Look at the chart. " * 20
+    long = [
+        row | {"prompt": [{"role": "user", "text": f"{n}. {asked}"}]} for n, row in enumerate(rows)
+    ]
+    some, _ = encode_all([*long[:2], long[0] | {"key": "again"}], encoder.pair)
+    trees = Packer(loaded("llava").model, 0, 4000).trees(some)
+    assert [len(tree.samples) for tree in trees] == [2, 1]
+
+
+def examples_of_others(rows, ids):
+    """The last row once more, of another picture."""
+    return [{**rows[-1], "key": "other", "pictures": [ids[1]]}]
 
 
 def test_a_branch_never_sees_the_other(pictures):
@@ -222,7 +277,7 @@ def bare(prefix: int, branches: list[int]) -> Tree:
     """A tree of nothing but lengths."""
     lengths = (prefix, *branches)
     n = sum(lengths)
-    return Tree("k", [1] * n, {}, (), torch.arange(n), lengths, [], [], [], 1, (), n)
+    return Tree((), [1] * n, {}, (), torch.arange(n), lengths, [], [], [], 1, n)
 
 
 @settings(max_examples=60, deadline=None)

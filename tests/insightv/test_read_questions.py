@@ -17,7 +17,7 @@ from insightv import cli
 from insightv.chain import assemble, build
 from insightv.chainfile import checked, folders, read
 from insightv.config import ChainConfig
-from insightv.payloads import _Only, questions
+from insightv.payloads.thinking import Only, questions
 from insightv.pictures import Pictures
 from insightv.records import Question
 from insightv.rehearsal import small
@@ -235,7 +235,7 @@ class Echo:
 
 
 def test_only_questions_answered_wrong_are_hard():
-    chosen = _Only(Echo(), ["a", "b"], ["a"])
+    chosen = Only(Echo(), ["a", "b"], ["a"])
 
     def passed(key, *correct):
         rows = {"direct": [{"correct": value} for value in correct]}

@@ -301,7 +301,7 @@ def test_nobody_is_answered_without_the_key():
 
 
 def test_a_request_that_is_too_long_is_refused(monkeypatch):
-    monkeypatch.setattr("insightv.serving.MOST_BYTES", 1000)
+    monkeypatch.setattr("insightv.serving.endpoint.MOST_BYTES", 1000)
 
     async def scenario(client, held):
         return await client.post("/v1/chat/completions", json=body("x" * 2000))

@@ -104,6 +104,27 @@ def test_micro_batches_change_nothing(name, pictures):
             torch.testing.assert_close(cut[parameter], gradient, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl"])
+def test_shared_pictures_change_the_cost_only(name, pictures, tmp_path):
+    store_, ids = pictures
+    rows = sample_rows(ids[:2], 12)
+    told = []
+    for share in (False, True):
+        context = Here(tmp_path / f"{share}")
+        settings = config(batch_size=12, epochs=4, share_pictures=share)
+        counts = train_sft(settings, family(name), rows, store_, tmp_path / f"m{share}", context)
+        assert counts["samples"] == 48
+        told.append(context.lines())
+    plain, shared = told
+    assert [line["loss"] for line in shared] == pytest.approx(
+        [line["loss"] for line in plain], abs=1e-5
+    )
+    for one, other in zip(plain, shared, strict=True):
+        assert one["shared_tokens"] == 0
+        assert other["tokens"] + other["shared_tokens"] == one["tokens"]
+        assert other["tokens"] < one["tokens"] and other["flops"] < one["flops"]
+
+
 def test_logits_in_pieces_and_recomputed_activations_change_nothing(pictures, monkeypatch):
     backend = TorchBackend(family("llava"), config())
     batches = packed(backend, examples(backend, pictures), 10**6)

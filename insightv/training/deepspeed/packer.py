@@ -27,7 +27,7 @@ class PicturePacker(Packer):
         super().__init__(model, pad_token, budget)
         shown = chats.encode_picture(processor, Image.new("RGB", (56, 56)))
         self._blank = Tree(
-            key="",
+            samples=(),
             ids=shown.ids,
             marks=shown.marks,
             pictures=(shown,),
@@ -37,7 +37,6 @@ class PicturePacker(Packer):
             targets=[],
             owners=[],
             replies=0,
-            reference=(),
             unshared=len(shown.ids),
         )
 
