@@ -8,8 +8,10 @@ passes the variables that are named; and looks that the image is the one the run
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -20,6 +22,9 @@ from hpc.errors import UserError
 
 _CONTAINED = Path(__file__).parent / "executors" / "host" / "contained.sh"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAGIC = b"SIF_MAGIC\0"
+_HEAD = 128
+"""Bytes of a SIF's head; the last two numbers say where its data begin and how long they are."""
 _PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?")
 
 PASSED = [
@@ -140,6 +145,29 @@ def identify(path: Path) -> tuple[str, str]:
             f"{path}: no image to be read ({error.strerror}); build it with `insightv image "
             "build`, or mend container.image"
         ) from None
+
+
+def refuse_broken(path: Path) -> None:
+    """Looks at the head of an image, which says how long the file must be.
+
+    Raises:
+        UserError: It is no SIF, or only a part of one.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(
+            f"{path}: no image to be read ({error.strerror}); give a .sif file"
+        ) from None
+    if len(head) < _HEAD or head[32:42] != _MAGIC:
+        raise UserError(f"{path} is no SIF image; build one with `insightv image build`")
+    begin, length = struct.unpack("<2q", head[112:128])
+    if size < begin + length:
+        raise UserError(
+            f"{path} is cut off: {size:,} bytes of {begin + length:,}; copy it again, or build it"
+        )
 
 
 def stamp(path: Path) -> str:

@@ -100,8 +100,13 @@ def find(name: str, folder: Path) -> Definition:
     """
     file = Path(name) if name.endswith(".def") else folder / f"{name}.def"
     if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.def"))) or "none"
-        raise UserError(f"{file}: no such definition; {folder} has {known}")
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.def")))
+        if not known and not name.endswith(".def"):
+            raise UserError(
+                f"{folder.absolute()} has no definitions; name the clone of this package with "
+                "--source, or give the path of a definition"
+            )
+        raise UserError(f"{file}: no such definition; {folder} has {known or 'none'}")
     found = _ROOM.search(file.read_text(encoding="utf-8"))
     definition = Definition(file.stem, file.absolute(), int(found[1]) if found else 4)
     if not definition.lock.is_file():

@@ -103,9 +103,10 @@ def check(
     from dataclasses import replace
 
     from hpc.cluster import read_profile
-    from hpc.container import Container, command, pin
+    from hpc.container import Container, command, pin, refuse_broken
     from hpc.disk import make_folder
 
+    refuse_broken(image)
     profile = read_profile(cluster) if cluster is not None else None
     asked = profile.container if profile is not None else Container()
     place = make_folder(run_dir.absolute())
@@ -133,7 +134,9 @@ def sign(
 ) -> None:
     """Sign an image with the site's key; its digest changes and is written anew."""
     from hpc import images
+    from hpc.container import refuse_broken
 
+    refuse_broken(image)
     _apptainer("sign", "--keyidx", str(key), str(image))
     print(f"{image}: signed, sha256 {images.describe(image, image, lambda said: None)}")
 
@@ -141,11 +144,12 @@ def sign(
 @app.command()
 def verify(image: ImageArgument) -> None:
     """Verify an image's signature, and its digest where that lies beside it."""
-    from hpc.container import identify
+    from hpc.container import identify, refuse_broken
 
     summed, kept = identify(image)[0], _kept_digest(image)
     if kept and kept != summed:
         raise UserError(f"{image}: sha256 is {summed}, {image}.sha256 says {kept}; copy it again")
+    refuse_broken(image)
     _apptainer("verify", str(image))
     print(f"{image}: verified, sha256 {summed}")
 

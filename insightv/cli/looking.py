@@ -109,13 +109,23 @@ def logs(
             if chain.run.started(name).exists() and not chain.run.manifest(name).exists()
         ]
     whole = stage is not None or failed
+    found = silent = 0
     for name in names:
         for log in [*_last_attempt(chain.run.logs(name)), *_gate_logs(chain, name, whole)]:
             said = log.read_text(errors="replace").splitlines()
+            found, silent = found + 1, silent + (not said)
             if whole:
-                print(f"==> {log} <==", *map(printable, said[-lines:]), sep="\n")
+                told = map(printable, said[-lines:]) if said else ["(empty: it said nothing)"]
+                print(f"==> {log} <==", *told, sep="\n")
             elif said:
                 print(f"{name}: {printable(said[-1])[:120]}")
+    about = f"{chain.run.path}: " + (f"stage {stage}: " if stage is not None else "")
+    if failed and not names:
+        print(f"{about}no stage has begun and not completed")
+    elif not found:
+        print(f"{about}no log yet; workers write theirs when they begin")
+    elif silent == found and not whole:
+        print(f"{about}nobody said anything: every log is empty ({found} of them)")
 
 
 def _gate_logs(chain: Chain, stage: str, wanted: bool) -> list[Path]:

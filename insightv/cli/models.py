@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpc.errors import RecordError, UserError
-from insightv.cli.runs import PRELOAD, RunArgument, console, opened
+from insightv.cli.runs import PRELOAD, RunArgument, console, is_run, opened
 
 if TYPE_CHECKING:
     from hpc.rundir import Chain, RunDir
@@ -47,9 +47,19 @@ def why(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Of a question, path, pair, …")],
     directory: RunArgument,
 ) -> None:
-    """Tell where a record comes from, and what became of it."""
+    """Tell where a record comes from, and what became of it.
+
+    The directory may also come first, as other commands have it.
+    """
     from insightv.lineage import why as lineage
 
+    if not is_run(directory):
+        if not is_run(Path(key)):
+            raise UserError(
+                f"{directory} is no run directory: it has no chain.yaml, nor has {key[:200]}; "
+                "give `insightv why KEY DIR`"
+            )
+        key, directory = str(directory), Path(key)
     chain = opened(directory)
     console().print(lineage(chain.run, chain.stages, key))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,6 +80,7 @@ def _model(role: str, model: ModelConfig, to: Path) -> Path:
     else:
         return folder
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         raise UserError(
@@ -85,8 +88,16 @@ def _model(role: str, model: ModelConfig, to: Path) -> Path:
             "unset it, on a node with internet"
         )
     revision = model.revision or None
+    print(f"model  {hub}: asking the hub for it", flush=True)
     try:
-        snapshot_download(hub, revision=revision, local_dir=folder, allow_patterns=_WANTED)
+        with _untold_retries():
+            snapshot_download(hub, revision=revision, local_dir=folder, allow_patterns=_WANTED)
+    except LocalEntryNotFoundError as error:  # the client's word for having no way out
+        why = one_line(error.__cause__ or error.__context__ or error)
+        raise UserError(
+            f"models.{role}.path: {path} is no folder here, and the hub cannot be reached ({why}); "
+            f"fetch {hub} on a node with internet"
+        ) from None
     except Exception as error:  # the hub's client raises whatever its transport does
         raise UserError(
             f"models.{role}.path: {path} is no folder here, and the hub does not give {hub} "
@@ -94,6 +105,19 @@ def _model(role: str, model: ModelConfig, to: Path) -> Path:
             "internet"
         ) from None
     return folder
+
+
+@contextmanager
+def _untold_retries() -> Iterator[None]:
+    """Keeps the hub's client from telling each of its tries; how they end is told in one line."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def check_packages(questions: QuestionsSection) -> None:

@@ -265,6 +265,14 @@ def console() -> Console:
     return found
 
 
+def is_run(directory: Path) -> bool:
+    """Whether a run lies there; any text can be asked about."""
+    try:
+        return (directory / "chain.yaml").is_file()
+    except OSError:  # too long for a name
+        return False
+
+
 def opened(directory: Path) -> Chain:
     """The chain of a run directory.
 

@@ -75,8 +75,10 @@ class EngineConfig:
         autocast: Compute matrix products in bfloat16 while the weights stay as they are; worth
             it on CPUs with bfloat16 units.
         batch_size: Most rows of a batch.
-        batch_tokens: Most tokens of a batch, prompts, replies and padding together. The
-            default keeps the keys and values of an 8B model with grouped queries near 34 GB.
+        batch_tokens: Most tokens of a batch, prompts, replies and padding together, and of what
+            is remembered for the batches after it: at most two full batches, and only where the
+            running one leaves room. The default keeps the keys and values of an 8B model with
+            grouped queries near 34 GB.
         context: Longest prompt plus reply in tokens; 0 takes what the model was made for.
         threads: CPU threads of the model; 0 leaves it to torch.
         encoders: Threads that read and resize pictures beside the model.

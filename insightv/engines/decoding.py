@@ -1,8 +1,9 @@
 """Decoding a batch in which every row has its own sampling, seed, stop strings and limit.
 
 One loop over the model's ``forward`` instead of ``generate``, for two reasons. The paths of a
-question start alike: what they have in common is read once, and its keys and values are then
-shared out; and rows that are done leave the batch, where ``generate`` carries them to the end.
+question start alike, and go on from what they wrote: that is read once, and its keys and values
+are then shared out (``prefixes``); and rows that are done leave the batch, where ``generate``
+carries them to the end.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
-from insightv.chats import Encoding
+from insightv.chats import Encoding, collate
 from insightv.engines.base import Request
 from insightv.engines.prefill import Positions, read_prompts
+from insightv.engines.prefixes import Prefixes, give_room
 
 _TOP = 32
 """Tokens sorted at first; a nucleus rarely reaches further."""
@@ -34,6 +35,7 @@ def decode_rows(
     limits: Sequence[int],
     tokenizer: Any,
     ends: Sequence[int],
+    prefixes: Prefixes,
 ) -> list[list[int]]:
     """Decodes one batch.
 
@@ -45,30 +47,49 @@ def decode_rows(
         limits: The rows' token limits.
         tokenizer: The model's.
         ends: Tokens that end a turn.
+        prefixes: What the model remembers of earlier batches, and will of this one.
 
     Returns:
         Each row's new tokens, the ending one included.
     """
     options: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     positions = Positions(model)
-    read = read_prompts(model, prompts, tokenizer.pad_token_id, positions, options)
-    ids, mask, logits, cache = read.ids, read.mask, read.logits, read.cache
+    pad = tokenizer.pad_token_id
+    shown = dict(zip(owners, (request.pictures for request in requests), strict=True))
+    pictures = [shown[number] for number in range(len(prompts))]
+    read = read_prompts(model, prompts, pictures, pad, positions, options, prefixes)
+    mask, logits, cache = read.mask, read.logits, read.cache
     padded = not bool(mask.all())
-    rows = torch.tensor(owners, device=mask.device)
     if list(owners) != list(range(len(mask))):
-        logits, mask, ids = logits[rows], mask[rows], ids[rows]
+        rows = torch.tensor(owners, device=mask.device)
+        logits, mask = logits[rows], mask[rows]
         positions.select(rows)
         cache.batch_select_indices(rows)
-    _give_room(cache)
-    sampler = RowSampler(requests, limits, ids, mask)
+    give_room(cache)
+    texts = collate([Encoding(prompts[number].ids, {}, ()) for number in owners], pad)
+    asked = (texts[name].to(mask.device) for name in ("input_ids", "attention_mask"))
+    sampler = RowSampler(requests, limits, *asked)
     stopper = RowStopper(requests, limits, tokenizer, ends, mask.device)
     while True:
         token = sampler(logits.float())
         going = ~stopper(token)
         count = int(going.sum())
-        if not count:
-            return stopper.tokens()
         if count <= _KEEP * len(going):
+            for place in (~going).nonzero()[:, 0].tolist():
+                row, reply = stopper.reply(place)
+                number = owners[row]
+                ids = prompts[number].ids + reply[:-1]  # the last token was never read
+                prefixes.add(
+                    pictures[number],
+                    ids,
+                    read.places[number] + len(reply) - 1,
+                    cache,
+                    place,
+                    mask[place].nonzero()[:, 0],
+                    read.begun[number],
+                )
+            if not count:
+                return stopper.tokens()
             kept = going.nonzero()[:, 0]
             token, mask = token[kept], mask[kept]
             sampler.select(kept)
@@ -85,49 +106,6 @@ def decode_rows(
             use_cache=True,
             **options,
         ).logits[:, -1]
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room behind them: a step writes its own instead of copying all."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys: torch.Tensor = keys
-        self.values: torch.Tensor = values
-        self._rooms: list[torch.Tensor] = []
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds a step's keys and values, shape (rows, heads, 1, size); returns all so far."""
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if not self._rooms or end > self._rooms[0].shape[-2]:
-            size = end + max(64, end // 4)
-            self._rooms = [_enlarged(held, size) for held in (self.keys, self.values)]
-        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[..., start:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Goes on with these rows only."""
-        super().batch_select_indices(indices)
-        self._rooms = []
-
-
-def _enlarged(held: torch.Tensor, size: int) -> torch.Tensor:
-    room = held.new_empty((*held.shape[:-2], size, held.shape[-1]))
-    room[..., : held.shape[-2], :] = held
-    return room
-
-
-def _give_room(cache: Any) -> None:
-    """Gives room to the layers that keep everything; those of other kinds stay as they are."""
-    for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            cache.layers[place] = _RoomyLayer(layer.keys, layer.values)
 
 
 class RowSampler:
@@ -273,6 +251,11 @@ class RowStopper:
         self._lengths[new] = self._step
         self._done[new] = True
         return self._done[rows]
+
+    def reply(self, place: int) -> tuple[int, list[int]]:
+        """Which row stands at a place of the batch, and its tokens up to its end."""
+        row = int(self._rows[place])
+        return row, self._tokens[row, : int(self._lengths[row])].tolist()
 
     def tokens(self) -> list[list[int]]:
         """Each row's tokens up to its end, all rows in their first order."""

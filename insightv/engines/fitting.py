@@ -66,11 +66,11 @@ def fit(stage: str, engines: Sequence[EngineConfig], asked: Resources) -> str:
             continue
         count = server.replicas
         if wanted is not None and wanted > asked.gpus:
-            each = f", each over {wanted // count} GPUs (its options)" if wanted > count else ""
             raise UserError(
-                f"stage {stage}: engine.server.replicas is {count}{each}: {wanted} GPUs, and the "
-                f"profile gives a worker {asked.gpus}; write `stages: {{{stage}: {{gpus: {wanted}}}"
-                "}` there, or `gpus` for all of its kind, or start less"
+                f"stage {stage}: engine.server wants {wanted} GPUs a worker (replicas {count} x "
+                f"{wanted // count} by its options), and the profile gives {asked.gpus}; write "
+                f"`stages: {{{stage}: {{gpus: {wanted}}}}}` there, or `gpus` for all of its kind, "
+                "or ask less of the engine"
             )
         if asked.gpus % count:
             raise UserError(

@@ -15,6 +15,7 @@ import torch
 
 from insightv import chats
 from insightv.chats import Encoding
+from insightv.engines.prefixes import Begun, Pictures, Prefixes, common, resumed
 
 _ALIKE = 0.5
 """Prompts have a head together if it is this share of the shorter one, or more."""
@@ -52,6 +53,15 @@ class Positions:
             self._next = whole if deltas is None else self._next + deltas
             self._owner.rope_deltas = None
 
+    def places(self) -> list[int]:
+        """Where each row's next token stands."""
+        places: list[int] = self._next[:, 0].tolist()
+        return places
+
+    def resume(self, places: Sequence[int], device: torch.device) -> None:
+        """Takes up where these rows were left."""
+        self._next = torch.tensor(places, device=device)[:, None]
+
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with these rows only."""
         self._next = self._next[rows]
@@ -75,71 +85,89 @@ class ReadPrompts:
     """Prompts that the model has read.
 
     Attributes:
-        ids: Their tokens, shape (prompts, width).
         mask: 0 where there is padding, on the left or behind a head.
         logits: Of each prompt's next token, shape (prompts, vocabulary).
         cache: Keys and values.
+        places: Positions of the next tokens.
+        begun: What is remembered of each prompt.
     """
 
-    ids: torch.Tensor
     mask: torch.Tensor
     logits: torch.Tensor
     cache: Any
+    places: list[int]
+    begun: list[Begun | None]
 
 
 def read_prompts(
     model: Any,
     prompts: Sequence[Encoding],
+    pictures: Sequence[Pictures],
     pad_token: int,
     positions: Positions,
     options: dict[str, Any],
+    prefixes: Prefixes,
 ) -> ReadPrompts:
-    """Reads the different prompts of a batch, common heads once where that spares enough.
+    """Reads the different prompts of a batch, known and common heads once where that spares enough.
 
     Args:
         model: Any picture-and-text decoder of transformers.
         prompts: The different prompts.
+        pictures: The names of what they show.
         pad_token: Stands where a row is shorter than others.
         positions: Taken to behind the prompts.
         options: More for ``forward``.
+        prefixes: What the model remembers; these prompts are among it then.
     """
-    heads, owners = _heads(prompts)
+
+    def whole(some: Sequence[Encoding], shown: Sequence[Pictures]) -> ReadPrompts:
+        inputs = _placed(model, chats.collate(some, pad_token))
+        mask = inputs["attention_mask"]
+        output = model(**inputs, **options, **positions.of_prompts(mask), use_cache=True)
+        positions.start(mask)
+        places, cache = positions.places(), output.past_key_values
+        begun: list[Begun | None] = []
+        for row, (prompt, place) in enumerate(zip(some, places, strict=True)):
+            columns = mask[row].nonzero()[:, 0]
+            begun.append(prefixes.add(shown[row], prompt.ids, place, cache, row, columns))
+        return ReadPrompts(mask, output.logits[:, -1], cache, places, begun)
+
+    if not prefixes.possible:
+        return whole(prompts, pictures)
+    begun = [
+        prefixes.find(names, prompt.ids, prompt.opening)
+        for names, prompt in zip(pictures, prompts, strict=True)
+    ]
+    new = [number for number, found in enumerate(begun) if found is None]
+    heads, owners = _heads([prompts[number] for number in new])
+    lengths = [0 if found is None else found[1] for found in begun]
+    for number, owner in zip(new, owners, strict=True):
+        lengths[number] = len(heads[owner].ids)
     tails = [
-        Encoding(prompt.ids[len(heads[owner].ids) :], {}, ())
-        for prompt, owner in zip(prompts, owners, strict=True)
+        Encoding(prompt.ids[length:], {}, ())
+        for prompt, length in zip(prompts, lengths, strict=True)
     ]
     if _area(heads) + _area(tails) > _WORTH * _area(prompts):
-        return _read_whole(model, prompts, pad_token, positions, options)
-    first = _read_whole(model, heads, pad_token, positions, options)
-    rows = torch.tensor(owners, device=first.ids.device)
-    first.cache.batch_select_indices(rows)
-    positions.select(rows)
+        return whole(prompts, pictures)
+    if heads:
+        shown = {owner: pictures[number] for number, owner in zip(new, owners, strict=True)}
+        first = whole(heads, [shown[owner] for owner in range(len(heads))])
+        for number, owner in zip(new, owners, strict=True):
+            begun[number] = first.begun[owner]
+    known = [found for found in begun if found is not None]
     more = _placed(model, chats.collate(tails, pad_token))
-    mask = torch.cat([first.mask[rows], more["attention_mask"]], dim=1)
+    cache, mask = resumed(known, more["input_ids"].shape[1])
+    positions.resume([span.place_at(length) for span, length in known], mask.device)
+    mask = torch.cat([mask, more["attention_mask"]], dim=1)
     output = model(
         input_ids=more["input_ids"],
         attention_mask=mask,
         position_ids=positions.following(more["attention_mask"]),
-        past_key_values=first.cache,
+        past_key_values=cache,
         use_cache=True,
         **options,
     )
-    ids = torch.cat([first.ids[rows], more["input_ids"]], dim=1)
-    return ReadPrompts(ids, mask, output.logits[:, -1], first.cache)
-
-
-def _read_whole(
-    model: Any,
-    prompts: Sequence[Encoding],
-    pad_token: int,
-    positions: Positions,
-    options: dict[str, Any],
-) -> ReadPrompts:
-    inputs = _placed(model, chats.collate(prompts, pad_token))
-    mask = inputs["attention_mask"]
-    output = model(**inputs, **options, **positions.of_prompts(mask), use_cache=True)
-    positions.start(mask)
-    return ReadPrompts(inputs["input_ids"], mask, output.logits[:, -1], output.past_key_values)
+    return ReadPrompts(mask, output.logits[:, -1], cache, positions.places(), begun)
 
 
 def _heads(prompts: Sequence[Encoding]) -> tuple[list[Encoding], list[int]]:
@@ -155,10 +183,10 @@ def _heads(prompts: Sequence[Encoding]) -> tuple[list[Encoding], list[int]]:
         prompt = prompts[number]
         if lengths:
             last = prompts[members[-1][0]]
-            common = min(_common(last.ids, prompt.ids), len(prompt.ids) - 1, lengths[-1])
-            alike = common >= _ALIKE * min(len(last.ids), len(prompt.ids))
-            if alike and _shown(last) == _shown(prompt) and common >= prompt.opening:
-                lengths[-1] = common
+            same = min(common(last.ids, prompt.ids), len(prompt.ids) - 1, lengths[-1])
+            alike = same >= _ALIKE * min(len(last.ids), len(prompt.ids))
+            if alike and _shown(last) == _shown(prompt) and same >= prompt.opening:
+                lengths[-1] = same
                 members[-1].append(number)
                 continue
         lengths.append(len(prompt.ids) - 1)
@@ -179,17 +207,9 @@ def _shown(prompt: Encoding) -> tuple[int, ...]:
     return tuple(id(picture) for picture in prompt.pictures)
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two prompts begin with alike."""
-    pairs = zip(one, other, strict=False)
-    return next(
-        (n for n, (mine, its) in enumerate(pairs) if mine != its), min(len(one), len(other))
-    )
-
-
 def _area(prompts: Sequence[Encoding]) -> int:
     """Tokens of a batch, padding included."""
-    return len(prompts) * max(len(prompt.ids) for prompt in prompts)
+    return len(prompts) * max((len(prompt.ids) for prompt in prompts), default=0)
 
 
 def _placed(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,11 +19,19 @@ from insightv.engines.base import Completion, Request
 from insightv.engines.caching import Cache
 from insightv.engines.config import EngineConfig
 from insightv.engines.decoding import decode, decode_rows
+from insightv.engines.prefixes import Prefixes
 from insightv.pictures import Pictures
 
 _TICK = 0.003
-"""A batch that is not full starts after this many seconds without a new request. Paths that
-were just answered come back with their next step well within it."""
+"""A batch starts after this many seconds without a new request. Paths that were just answered
+come back with their next step well within it."""
+_TURNS = 10
+"""And after so many turns of the event loop, if it is slower than that."""
+_ENOUGH = 4
+"""More than this many batches of requests are not waited for."""
+_REMEMBERED = 2
+"""Tokens that are remembered between batches, in tokens of a full batch: one batch runs while as
+many calls wait. They count towards ``batch_tokens``."""
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +40,7 @@ log = logging.getLogger(__name__)
 class _Job:
     """A request on its way: encoded, with its token limit and the future of its reply."""
 
+    number: int
     request: Request
     encoding: chats.Encoding
     limit: int
@@ -45,8 +54,8 @@ class _Job:
 class TransformersEngine:
     """Completes chats with a model folder (see ``insightv.engines.base.Engine``).
 
-    Requests wait until ``batch_size`` of them have come or none has come for a moment, then
-    the oldest runs with those closest to it in length, in a thread of its own.
+    Requests wait until none has come for a moment, then the oldest runs with those closest to
+    it in length, in a thread of its own.
     """
 
     def __init__(self, model_folder: str | Path, config: EngineConfig, pictures: Pictures):
@@ -69,12 +78,13 @@ class TransformersEngine:
         self._rows = config.batch_size
         self._budget = config.batch_tokens
         self._pictures = pictures
+        self._prefixes = Prefixes(loaded.model)
         self._cache = Cache(
             self._encode_picture, lambda encoded: encoded.bytes, config.cache_mb * 2**20
         )
         self._pending: list[_Job] = []
         self._preparing = 0
-        self._arrived = 0
+        self._asked = 0
         self._runner: asyncio.Task[None] | None = None
         self._encoders = ThreadPoolExecutor(config.encoders, "encode")
         # The number of threads is the calling thread's own, so the worker sets it.
@@ -85,6 +95,8 @@ class TransformersEngine:
         """Completes one chat, in a batch with others that are awaited at the same time."""
         loop = asyncio.get_running_loop()
         self._preparing += 1
+        self._asked += 1
+        number = self._asked
         try:
             encoding = await loop.run_in_executor(self._encoders, self._encode, request)
         finally:
@@ -93,9 +105,8 @@ class TransformersEngine:
         if room < 1:
             raise RecordError(f"prompt of {len(encoding.ids)} tokens, context of {self.context}")
         limit = min(request.sampling.max_tokens, room)
-        job = _Job(request, encoding, limit, loop.create_future())
+        job = _Job(number, request, encoding, limit, loop.create_future())
         self._pending.append(job)
-        self._arrived += 1
         if self._runner is None or self._runner.done():
             self._runner = loop.create_task(self._run())
         return await job.reply
@@ -114,6 +125,7 @@ class TransformersEngine:
         await asyncio.to_thread(self._worker.shutdown)
         await asyncio.to_thread(self._encoders.shutdown)
         self._model = None
+        self._prefixes.clear()
         _free()
 
     def _encode(self, request: Request) -> chats.Encoding:
@@ -149,16 +161,23 @@ class TransformersEngine:
                     job.reply.set_result(reply)
 
     async def _gather(self) -> None:
-        """Waits while more requests are coming and the batch is not full."""
-        while len(self._pending) < self._rows:
-            arrived = self._arrived
+        """Waits while more requests are coming, within reason: who comes first is chance.
+
+        So a batch is made of the same requests whatever the time they took, as long as their
+        callers wait for nothing but this engine.
+        """
+        while len(self._pending) < _ENOUGH * self._rows:
+            asked = self._asked
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
             await asyncio.sleep(_TICK)
-            if self._arrived == arrived and not self._preparing:
+            if self._asked == asked and not self._preparing:
                 return
 
     def _take(self) -> list[_Job]:
         """The oldest request and those nearest to it in length, within rows and tokens."""
         self._pending = [job for job in self._pending if not job.reply.done()]
+        self._pending.sort(key=lambda job: job.number)
         if not self._pending:
             return []
         oldest = self._pending[0]
@@ -185,8 +204,9 @@ class TransformersEngine:
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
+        self._prefixes.clear()
         _free()  # outside the handler, whose traceback would keep the tensors alive
-        longest = max(job.prompt for job in batch) + max(job.limit for job in batch)
+        longest = _longest(batch)
         if len(batch) == 1:
             return [RecordError(f"out of memory with one row of {longest} tokens")]
         self._budget = max(1, min(self._budget, len(batch) * longest // 2))
@@ -197,6 +217,9 @@ class TransformersEngine:
     def _generate(self, batch: list[_Job]) -> list[Completion]:
         """One batch through the model; prompts that are the same are read once."""
         model = self._model
+        longest = _longest(batch)
+        room = min(self._budget - len(batch) * longest, _REMEMBERED * self._rows * longest)
+        self._prefixes.limit(room)
         prompts: dict[tuple[tuple[int, ...], tuple[str, ...]], chats.Encoding] = {}
         keys = [(tuple(job.encoding.ids), job.request.pictures) for job in batch]
         for key, job in zip(keys, batch, strict=True):
@@ -211,6 +234,7 @@ class TransformersEngine:
                 [job.limit for job in batch],
                 self._tokenizer,
                 self._ends,
+                self._prefixes,
             )
         return [self._completion(job, ids) for job, ids in zip(batch, tokens, strict=True)]
 
@@ -226,6 +250,11 @@ class TransformersEngine:
         if found:
             text = text[: min(found)]
         return Completion(text, len(ids), "stop" if ended or found else "length")
+
+
+def _longest(batch: list[_Job]) -> int:
+    """Tokens of a row, padding included."""
+    return max(job.prompt for job in batch) + max(job.limit for job in batch)
 
 
 def _ends(loaded: models.LoadedModel) -> list[int]:

@@ -49,7 +49,7 @@ def fit(stage: str, training: TrainConfig, base: Path, asked: Resources) -> str:
             of their GPUs.
     """
     ranks = asked.nodes * asked.tasks
-    given = f"{asked.nodes} nodes x {asked.tasks} tasks"
+    given = f"{_count(asked.nodes, 'node')} x {_count(asked.tasks, 'task')}"
     if training.backend == "torch":
         unused = f"; {given} of the profile are not used" if ranks > 1 else ""
         if not asked.gpu_memory:
@@ -78,7 +78,7 @@ def _laid(stage: str, training: TrainConfig, ranks: int, asked: Resources, given
     """How the ranks are used, in words."""
     if training.backend == "torch":
         return given
-    said, copies = f"ZeRO-{training.deepspeed.zero_stage} over {ranks} ranks", ranks
+    said, copies = f"ZeRO-{training.deepspeed.zero_stage} over {_count(ranks, 'rank')}", ranks
     if training.backend == "megatron":
         layout = training.megatron
         tensor, pipeline = layout.tensor_parallel, layout.pipeline_parallel
@@ -97,6 +97,10 @@ def _laid(stage: str, training: TrainConfig, ranks: int, asked: Resources, given
     if training.batch_size < copies:
         said += f"; batch_size {training.batch_size} leaves {copies - training.batch_size} idle"
     return said
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _refuse_shape(stage: str, training: TrainConfig, base: Base, given: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -237,10 +238,23 @@ def test_logs(insightv, run):
     whole = insightv("logs", run, "r0-generate")[1]
     assert "first" in whole and "old" not in whole and "\x1b" not in whole
     assert "first" not in insightv("logs", run, "r0-generate", "-n", 1)[1]
-    assert insightv("logs", run, "--failed")[1] == ""
+    assert "no stage has begun and not completed" in insightv("logs", run, "--failed")[1]
     (folder.parent / "stage.json").write_text("{}")
     assert "last" in insightv("logs", run, "--failed")[1]
     refused(insightv("logs", run, "r9-generate"), "no stage 'r9-generate'", "r0-generate")
+
+
+def test_logs_without_a_word_are_told(insightv, run):
+    assert insightv("logs", run)[1].endswith("no log yet; workers write theirs when they begin\n")
+    assert "stage r0-judge: no log yet" in insightv("logs", run, "r0-judge")[1]
+    folder = run / "stages" / "r0-generate" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "a0-0.log").touch()
+    (folder / "a0-1.log").touch()
+    assert insightv("logs", run)[1].endswith(
+        "nobody said anything: every log is empty (2 of them)\n"
+    )
+    assert insightv("logs", run, "r0-generate")[1].count("(empty: it said nothing)") == 2
 
 
 def test_clean_plans_and_deletes_nothing_of_an_unfinished_run(insightv, run):
@@ -250,6 +264,14 @@ def test_clean_plans_and_deletes_nothing_of_an_unfinished_run(insightv, run):
 
 def test_why_of_an_unknown_key(insightv, run):
     refused(insightv("why", "charts:train:0/r0/p0", run), "no question 'charts:train:0'")
+
+
+def test_why_takes_its_words_in_either_order(insightv, run, tmp_path):
+    key = "charts:train:0/r0/p0|charts:train:0/r0/p1"
+    assert insightv("why", key, run) == insightv("why", run, key)
+    refused(insightv("why", run, key), "no question 'charts:train:0'")
+    refused(insightv("why", key, tmp_path), f"{tmp_path} is no run directory", f"nor has {key}")
+    refused(insightv("why", "k" * 5000, tmp_path), "is no run directory")
 
 
 def test_ask_refuses_what_is_no_picture(insightv, run, tmp_path):
@@ -270,6 +292,28 @@ def test_a_digest_that_is_none_is_named(kept, insightv, tmp_path):
     (tmp_path / "x.sif").write_bytes(b"image")
     (tmp_path / "x.sif.sha256").write_bytes(kept)
     refused(insightv("image", "verify", tmp_path / "x.sif"), "x.sif.sha256 holds no digest")
+
+
+def test_an_image_that_is_none_or_cut_off_is_one_line(insightv, tmp_path):
+    sif, places = tmp_path / "x.sif", struct.pack("<2q", 128, 1000)
+    whole = (b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0" + bytes(70) + places)[:128]
+    for command in ("check", "sign", "verify"):
+        refused(insightv("image", command, sif), "x.sif: no image to be read (No such file")
+        for data in (b"", whole[:100], bytes(4096)):
+            sif.write_bytes(data)
+            refused(insightv("image", command, sif), "x.sif is no SIF image; build one")
+        sif.write_bytes(whole + bytes(999))
+        refused(insightv("image", command, sif), "x.sif is cut off: 1,127 bytes of 1,128; copy")
+        sif.unlink()
+
+
+def test_building_outside_the_clone_says_what_is_missing(insightv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("build", "bundle"):
+        refused(insightv("image", command, "cpu"), f"{tmp_path}/containers has no", "--source")
+    clone = CONFIGS.parents[1]
+    refused(insightv("image", "build", "gpu", "--source", clone), "no such definition", "cpu, ")
+    refused(insightv("image", "build", "a.def"), "a.def: no such definition")
 
 
 def test_evaluate_needs_the_models(insightv, run):
@@ -431,7 +475,7 @@ def test_a_plan_begins_with_its_table(insightv, no_cluster, tmp_path):
     rules, wide = notes  # no model judges here
     assert "r0-judge" in rules and "1 GPU for each process, which computes on none" in rules
     assert "sft-" in wide and "4 GPUs for each process" in wide
-    assert "2 nodes x 1 tasks of the profile are not used" in out
+    assert "2 nodes x 1 task of the profile are not used" in out
     whole = insightv(*words, "--scripts")[1]
     assert whole.startswith(out) and "#SBATCH" in whole
 

@@ -1,5 +1,6 @@
 import asyncio
 import io
+import random
 import time
 
 import pytest
@@ -153,6 +154,68 @@ def test_an_open_turn_is_gone_on_with(make, pictures):
     turns = (*asked.messages, Message("assistant", half))
     rest = complete(engine, Request(turns, asked.pictures, Sampling(max_tokens=12)))[0]
     assert half + rest.text == whole.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_written_is_gone_on_with_as_if_read_anew(family, make, pictures):
+    """Calls of a path, one behind the other; rows of different lengths are remembered."""
+    engine, anew = make(family), make(family, batch_tokens=1, batch_size=1)
+    widths = []
+    engine._model.register_forward_pre_hook(
+        lambda _, words, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    first = [request(pictures, f"What is {n}?", n, max_tokens=4 + 5 * (n or 0)) for n in (0, 1, 3)]
+    first += [request(pictures, text, None, max_tokens=9) for text in ("Sum?", "What is the sum?")]
+    hot = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1, "max_tokens": 7}
+    calls = first + [request(pictures, "What is 0?", 0, seed=n, **hot) for n in range(3)]
+    for _ in range(3):
+        widths.clear()
+        replies = complete(engine, *calls)
+        assert replies == [complete(anew, call)[0] for call in calls]
+        assert not anew._prefixes.tokens
+        calls = [
+            Request(
+                (*call.messages[:1], Message("assistant", f"{_written(call)}{reply.text}A")),
+                *(call.pictures, call.sampling, call.seed + 10),
+            )
+            for call, reply in zip(calls, replies, strict=True)
+        ]
+    assert 2 * widths[0] < max(map(engine.count, calls)) and max(widths[1:]) == 1
+
+
+def _written(call):
+    return call.messages[1].text if len(call.messages) > 1 else ""
+
+
+def test_batches_are_the_same_however_long_requests_take(make, pictures, monkeypatch):
+    batches = []
+    real = engines.decode_rows
+
+    def watched(model, prompts, owners, requests, *rest):
+        batches.append([call.seed for call in requests])
+        return real(model, prompts, owners, requests, *rest)
+
+    async def path(engine, number):
+        for step in range(3):
+            asked = request(pictures, "Why? " * number, number % 3, seed=10 * number + step)
+            await engine.complete(asked)
+
+    async def paths(engine):
+        await asyncio.gather(*(path(engine, number) for number in range(7)))
+
+    def run(draw):
+        engine = make(batch_size=3)
+        encode = engine._encode
+        monkeypatch.setattr(
+            engine, "_encode", lambda asked: time.sleep(draw.random() / 50) or encode(asked)
+        )
+        batches.clear()
+        asyncio.run(paths(engine))
+        return list(batches)
+
+    monkeypatch.setattr(engines, "decode_rows", watched)
+    first = run(random.Random(0))
+    assert sum(map(len, first)) == 21 and run(random.Random(1)) == first
 
 
 def test_stop_strings_end_and_are_left_out(make, pictures):

@@ -49,7 +49,9 @@ def test_what_an_engine_computes_on(engine: EngineConfig, gpus: int | None) -> N
 
 def test_servers_that_need_more_gpus_than_a_worker_gets_are_refused() -> None:
     wide = served("--tensor-parallel-size", "4", replicas=2)
-    with pytest.raises(UserError, match="is 2, each over 4 GPUs .*: 8 GPUs, .* a worker 4; .*: 8}"):
+    with pytest.raises(
+        UserError, match=r"wants 8 GPUs a worker \(replicas 2 x 4 .* gives 4; .*: 8}"
+    ):
         fit("r0-generate", [IN_PROCESS, wide], Resources(gpus=4))
     with pytest.raises(UserError, match="replicas is 2, and the 3 GPUs .* cannot be divided so"):
         fit("r0-generate", [served(replicas=2)], Resources(gpus=3))
@@ -67,7 +69,7 @@ def test_each_stage_of_a_chain_is_held_by_its_own_engines(tmp_path: Path) -> Non
     ]
     config = read(ROOT / "configs/chain/quickstart.yaml", keys)
     assembled = assemble(config, RunDir(tmp_path / "run"))
-    with pytest.raises(UserError, match=r"stage r0-generate: .*a worker 1; write `stages: \{r0-ge"):
+    with pytest.raises(UserError, match=r"stage r0-generate: .*gives 1; write `stages: \{r0-ge"):
         fits(assembled, Profile())
     profile = Profile(gpu=Resources(gpus=4))
     assert fits(assembled, profile) == {}

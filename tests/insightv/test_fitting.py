@@ -81,7 +81,7 @@ def test_what_is_told_of_a_base(seven):
         ((4, 2), on(2, 2), "4 x pipeline_parallel 2 wants a multiple of 8 ranks, .* 2 nodes x 2"),
         ((2, 1), on(1, 1), "wants a multiple of 2 ranks.*`insightv run` starts one process only"),
         ((0, 1), on(1, 1), "tensor_parallel 0"),
-        ((8, 1), on(1, 8), r"\(1 nodes x 8 tasks\).*8, which does not divide the model's 28 att"),
+        ((8, 1), on(1, 8), r"\(1 node x 8 tasks\).*8, which does not divide the model's 28 att"),
         ((4, 29), on(29, 4), "28 layers over 29 pipeline chunks"),
         ((2, 1), Resources(gpus=2, tasks=4), "4 tasks a node and 2 GPUs: ranks cannot share one"),
         ((2, 1), on(1, 2, 40), "megatron on .* about 79.*, and a GPU there has 40 .*: raise meg"),
@@ -104,7 +104,7 @@ def test_a_base_that_megatron_does_not_compute_is_refused(tmp_path):
 
 
 def test_torch_is_one_process(seven):
-    told = "one process of backend=torch; 1 nodes x 8 tasks of the profile are not used"
+    told = "one process of backend=torch; 1 node x 8 tasks of the profile are not used"
     assert fit("sft", training("torch"), seven, on(1, 8)) == told
     assert fit("sft", training("torch"), seven, on(1, 1)) == ""
     assert fit("sft", training("torch"), TINY, on(1, 1, 80)).startswith("one process, about 0.")
@@ -115,7 +115,7 @@ def test_torch_is_one_process(seven):
 def test_a_plan_tells_layout_and_memory(seven, tmp_path):
     layout = Layout(2, sequence_parallel=True)
     said = fit("sft", training("megatron", megatron=layout), seven, on(1, 8, 80))
-    assert said.startswith("TP 2 x PP 1 x DP 4 on 1 nodes x 8 tasks, about 42.")  # docs/training.md
+    assert said.startswith("TP 2 x PP 1 x DP 4 on 1 node x 8 tasks, about 42.")  # docs/training.md
     assert "optimizer 11.6" in said
     said = fit("sft", training("megatron", megatron=Layout(4), batch_size=2), seven, on(8, 2))
     assert "of several nodes" in said and "batch_size 2 leaves 2 idle" in said
@@ -158,7 +158,7 @@ def test_a_chain_is_held_against_its_profile(tmp_path, monkeypatch):
     config = read(chain, keys)
     assembled = assemble(config, RunDir(tmp_path / "run"))
     profile = Profile(stages={"sft-reasoning": Resources(nodes=3)})
-    with pytest.raises(UserError, match="stage sft-reasoning: .*3 nodes x 1 tasks = 3"):
+    with pytest.raises(UserError, match="stage sft-reasoning: .*3 nodes x 1 task = 3"):
         fits(assembled, profile)
     profile.stages["sft-reasoning"] = Resources(nodes=2)
     told = fits(assembled, profile)

@@ -114,13 +114,13 @@ def test_it_is_planned_without_weights_and_run_with_them_only(
 
 def test_a_cluster_without_ranks_for_the_layout_is_refused(profile, monkeypatch, capsys):
     words = ["plan", CONFIGS / "model" / "qwen2.5-vl-72b.yaml", "--cluster", profile]
-    profile.write_text("training: {nodes: 3, tasks: 8, gpus: 8}\n")
+    profile.write_text("gpu: {gpus: 4}\ntraining: {nodes: 3, tasks: 8, gpus: 8}\n")
     status, _, err = call(capsys, monkeypatch, *words)
     assert status == 2 and err.count("\n") == 1
     assert "wants a multiple of 32 ranks, and the profile gives 3 nodes x 8 tasks = 24" in err
-    profile.write_text("training: {gpus: 8}\n")
+    profile.write_text("gpu: {gpus: 4}\ntraining: {gpus: 8}\n")
     status, _, err = call(capsys, monkeypatch, *words)
-    assert status == 2 and "the profile gives 1 nodes x 1 tasks = 1" in err
+    assert status == 2 and "the profile gives 1 node x 1 task = 1" in err
 
 
 def test_a_chain_takes_questions_roles_and_base_from_a_file_each(tmp_path):

@@ -58,6 +58,26 @@ def test_a_hub_that_does_not_answer_is_one_line(prefetch, tmp_path, monkeypatch)
     assert status == 2 and "some/model" in err and err.count("\n") == 1
 
 
+def test_a_hub_out_of_reach_is_one_line(prefetch, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    def away(*words, **more):
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        try:
+            raise OSError("Name or service not known")
+        except OSError as error:
+            raise LocalEntryNotFoundError("An error happened\nand so on") from error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
+    before = logging.get_verbosity()
+    status, out, err = prefetch("models.base.path=some/model", "--to", tmp_path)
+    assert status == 2 and err.count("\n") == 1 and "Retry" not in err + out
+    assert "the hub cannot be reached (Name or service not known); fetch some/model on a" in err
+    assert "some/model: asking the hub for it" in out and logging.get_verbosity() == before
+
+
 @pytest.mark.parametrize("command", ["run", "submit", "prefetch"])
 def test_missing_packages_are_named_before_any_work(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hpc.needs.find_spec", lambda name: None if name == "plotly" else True)

@@ -77,12 +77,16 @@ def test_paths_of_a_question_are_read_together(family, tmp_path):
 
     async def both():
         alone = [await engine.complete(request) for request in asked]
+        engine._prefixes.clear()
         seen.clear()
         together = await asyncio.gather(*map(engine.complete, asked))
+        once = len(seen)
+        again = await asyncio.gather(*map(engine.complete, asked))
         await engine.close()
-        return alone, together
+        return alone, together, again, once
 
-    alone, together = asyncio.run(both())
-    assert together == alone
+    alone, together, again, once = asyncio.run(both())
+    assert together == alone == again
     heads, prompts = seen[:2]
     assert heads[0] == 2 and prompts[0] == 10 and prompts[1] < heads[1]
+    assert seen[once][0] == 10 and seen[once][1] <= 4  # nearly all is known
