@@ -173,13 +173,12 @@ def cpu_image(testbed: Testbed, base: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.timeout(3 * HOUR)
-@pytest.mark.parametrize("chain", ["smoke", pytest.param("quickstart", marks=pytest.mark.full)])
-def test_the_method_inside_the_cpu_image(cluster: Testbed, cpu_image: Path, chain: str) -> None:
+def test_the_quickstart_inside_the_cpu_image(cluster: Testbed, cpu_image: Path) -> None:
     """Every payload, through a preemption and a gate's retry."""
     asked = read_profile(making.ROOT / "configs" / "cluster" / "testbed-apptainer.yaml")
     asked.partition, asked.container.image = "low", str(cpu_image)
     run = Whole(cluster, asked)
-    run.start(chain)
+    run.start("quickstart")
     wait_for(lambda: run.nodes("r0-generate"), HOUR, say=run.say)
     words = ("sbatch", "-p", "high", "--exclusive", "-N", "4", "-t", "1", "--wrap", "sleep 10")
     cluster.run(*words, "--output=/dev/null")
