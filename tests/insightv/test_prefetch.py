@@ -71,6 +71,7 @@ def test_a_hub_out_of_reach_is_one_line(prefetch, tmp_path, monkeypatch):
             raise LocalEntryNotFoundError("An error happened\nand so on") from error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     before = logging.get_verbosity()
     status, out, err = prefetch("models.base.path=some/model", "--to", tmp_path)
     assert status == 2 and err.count("\n") == 1 and "Retry" not in err + out
