@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,12 @@ class Encoding:
     marks: dict[str, list[int]]
     pictures: tuple[EncodedPicture, ...]
     opening: int = 0
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    least = min(len(one), len(other))
+    return bisect_left(range(least), True, key=lambda at: one[: at + 1] != other[: at + 1])
 
 
 def render(processor: Any, messages: Sequence[Message], pictures: int) -> str:

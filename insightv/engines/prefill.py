@@ -15,7 +15,7 @@ import torch
 
 from insightv import chats
 from insightv.chats import Encoding
-from insightv.engines.prefixes import Begun, Pictures, Prefixes, common, resumed
+from insightv.engines.prefixes import Begun, Pictures, Prefixes, resumed
 
 _ALIKE = 0.5
 """Prompts have a head together if it is this share of the shorter one, or more."""
@@ -183,7 +183,7 @@ def _heads(prompts: Sequence[Encoding]) -> tuple[list[Encoding], list[int]]:
         prompt = prompts[number]
         if lengths:
             last = prompts[members[-1][0]]
-            same = min(common(last.ids, prompt.ids), len(prompt.ids) - 1, lengths[-1])
+            same = min(chats.common(last.ids, prompt.ids), len(prompt.ids) - 1, lengths[-1])
             alike = same >= _ALIKE * min(len(last.ids), len(prompt.ids))
             if alike and _shown(last) == _shown(prompt) and same >= prompt.opening:
                 lengths[-1] = same

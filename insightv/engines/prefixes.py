@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from insightv import chats
+
 _BLOCK = 4
 """Spans are found by the hashes of their first 4, 8, 12, … tokens."""
 _ALIKE = 0.5
@@ -99,7 +101,7 @@ class Prefixes:
             span = self._index[key]
         if span is None:
             return None
-        length = min(common(span.ids, ids), len(ids) - 1)
+        length = min(chats.common(span.ids, ids), len(ids) - 1)
         if length < max(opening, _ALIKE * len(ids)):
             return None
         self._use(span)
@@ -235,14 +237,6 @@ def give_room(cache: Any) -> None:
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
             cache.layers[place] = RoomyLayer(layer.keys, layer.values, layer.keys.shape[-2])
-
-
-def common(one: list[int], other: list[int]) -> int:
-    """How many tokens two prompts begin with alike."""
-    pairs = zip(one, other, strict=False)
-    return next(
-        (n for n, (mine, its) in enumerate(pairs) if mine != its), min(len(one), len(other))
-    )
 
 
 def _keys(pictures: Pictures, ids: list[int]) -> list[_Key]:

@@ -37,12 +37,7 @@ def sample_set(config: ChainConfig, name: str, make: MakeSet) -> Run:
         counts: Counter[str] = Counter()
         samples = make(groups_of(context), plain, counts)
         groups = ((sample.key, [sample.to_json()]) for sample in samples)
-        written = write_groups(
-            context.directory / "shards", _watched(groups, context), config.questions.per_shard
-        )
-        if not written:
-            raise UserError(_empty(f"the {name} set", counts))
-        return dict(counts)
+        return _written(config, context, groups, f"the {name} set", counts)
 
     return run
 
@@ -50,6 +45,20 @@ def sample_set(config: ChainConfig, name: str, make: MakeSet) -> Run:
 def groups_of(context: Context) -> Groups:
     """Begins passes over a stage's questions with paths, verdicts and scores."""
     return lambda: join({role: context.shards(role) for role in ROLES})
+
+
+def _written(
+    config: ChainConfig,
+    context: Context,
+    groups: Iterable[tuple[str, list[Row]]],
+    what: str,
+    counts: Counter[str],
+) -> Counts:
+    """Writes a stage's shards, which may not be empty; returns the counts."""
+    shards = context.directory / "shards"
+    if not write_groups(shards, _watched(groups, context), config.questions.per_shard):
+        raise UserError(_empty(what, counts))
+    return dict(counts)
 
 
 def _watched(
@@ -88,12 +97,7 @@ def pairs(
             (key, [pair.to_json() for pair in of_question])
             for key, of_question in groupby(found, key=lambda pair: pair.question)
         )
-        written = write_groups(
-            context.directory / "shards", _watched(groups, context), config.questions.per_shard
-        )
-        if not written:
-            raise UserError(_empty(f"the pairs of {context.directory.name}", counts))
-        return dict(counts)
+        return _written(config, context, groups, f"the pairs of {context.directory.name}", counts)
 
     return run
 

@@ -18,7 +18,6 @@ Packing happens inside one optimizer step: which samples these are is settled be
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -84,7 +83,7 @@ class Tree:
         replies = [reply for sample in samples for reply in sample.replies]
         encodings = [reply.encoding for reply in replies]
         first = encodings[0]
-        prefix = min(_common(first.ids, encoding.ids) for encoding in encodings)
+        prefix = min(chats.common(first.ids, encoding.ids) for encoding in encodings)
         ids, marks = first.ids[:prefix], {k: v[:prefix] for k, v in first.marks.items()}
         laid = [positions(first)[..., :prefix]]
         lengths = [prefix]
@@ -143,16 +142,10 @@ def _size(samples: Sequence[Example]) -> float:
         return math.inf
     encodings = [reply.encoding for sample in samples for reply in sample.replies]
     first = encodings[0]
-    prefix = min(_common(first.ids, encoding.ids) for encoding in encodings)
+    prefix = min(chats.common(first.ids, encoding.ids) for encoding in encodings)
     if prefix < max(encoding.opening for encoding in encodings):
         return math.inf
     return prefix + sum(len(ids) - prefix for ids in {tuple(one.ids) for one in encodings})
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    least = min(len(one), len(other))
-    return bisect_left(range(least), True, key=lambda at: one[: at + 1] != other[: at + 1])
 
 
 @dataclass(frozen=True)
@@ -352,17 +345,19 @@ class Packer:
     def trees(self, examples: Sequence[Example]) -> list[Tree]:
         """Lays out examples, those of the same pictures together where that saves tokens."""
         together: list[list[Example]] = []
+        sizes: list[float] = []
         for example in examples:
-            saved, best = 0.0, None
-            for samples in together:
+            alone = _size([example])
+            saved, best, grown = 0.0, len(together), alone
+            for place, samples in enumerate(together):
                 size = _size([*samples, example])
-                apart = _size(samples) + _size([example])
-                if size <= self.budget and apart - size > saved:
-                    saved, best = apart - size, samples
-            if best is None:
-                together.append([example])
-            else:
-                best.append(example)
+                if size <= self.budget and sizes[place] + alone - size > saved:
+                    saved, best, grown = sizes[place] + alone - size, place, size
+            if best == len(together):
+                together.append([])
+                sizes.append(0.0)
+            together[best].append(example)
+            sizes[best] = grown
         return [Tree.of(samples, self.positions) for samples in together]
 
     def alone(self, tree: Tree) -> Batch:
