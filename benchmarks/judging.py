@@ -4,9 +4,10 @@
 
 Judges every labelled pair by rule alone and compares with its label, which was set by hand
 before a rule was run on it. judging/first.jsonl is cut in two by a hash of the question: rules
-were mended on ``dev``, then run on ``test``, and what that told was mended too. So
-judging/fresh.jsonl was labelled after that: no rule was changed since it was first judged, and
-``fresh`` says what the rules are worth. Prints and writes results/judging.json and judging.md.
+were mended on ``dev``, then run on ``test``, and what that told was mended too.
+judging/fresh.jsonl was labelled after that, and no rule was ever changed for what it told: it
+says what the rules are worth. judging/later.jsonl was labelled last; rules were mended on it.
+Prints and writes results/judging.json and judging.md.
 
 Precision of *right*: of the answers that rules call right, the share that are. Recall of
 *right*: of the right answers, the share that rules call right. The same for *wrong*. *Left*:
@@ -31,8 +32,9 @@ from insightv.evaluation.statistics import accuracy
 from insightv.records import Question
 
 HERE = Path(__file__).parent
-FIRST, FRESH = HERE / "judging" / "first.jsonl", HERE / "judging" / "fresh.jsonl"
-PARTS = ("dev", "test", "fresh")
+FIRST = HERE / "judging" / "first.jsonl"
+WHOLE = {HERE / "judging" / f"{part}.jsonl": part for part in ("fresh", "later")}
+PARTS = ("dev", "test", *WHOLE.values())
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Judged:
 
 def part_of(path: Path, question: str) -> str:
     """All answers to a question belong to one part."""
-    if path == FRESH:
-        return "fresh"
+    if path in WHOLE:
+        return WHOLE[path]
     return PARTS[hashlib.sha256(question.encode()).digest()[0] % 2]
 
 
@@ -200,7 +202,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help="look at one part only, and write nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()
-    judged = judge(FIRST) + judge(FRESH)
+    judged = [row for path in (FIRST, *WHOLE) for row in judge(path)]
     if asked.part:
         judged = [row for row in judged if row.part == asked.part]
         undecided = Counter(r.decision.detail for r in judged if r.decision.correct is None)

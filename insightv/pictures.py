@@ -13,7 +13,8 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from hpc.errors import RecordError, UserError
 
@@ -26,6 +27,8 @@ PIXELS = 64_000_000
 
 # It warns of large pictures on stderr, which nobody reads; they are refused here by name.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# As of damaged notes about a picture, where only the picture counts.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 class PictureWriter:
@@ -129,7 +132,10 @@ class Pictures:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """Decodes an encoded picture to RGB.
+    """Decodes an encoded picture to RGB, as a person would be shown it.
+
+    That is upright, on white where it is transparent (a diagram's black lines were on black
+    else), and of 16 bits of grey the upper 8; of several frames the first.
 
     Raises:
         RecordError: Not a picture, cut off, or too large to be decoded safely.
@@ -137,10 +143,33 @@ def decode(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height <= PIXELS:
-            return image.convert("RGB")
+            return _as_shown(image)
         reason = f"{image.width} x {image.height} pixels, at most {PIXELS:,} are taken"
+    except Image.DecompressionBombError:
+        reason = f"more than {PIXELS:,} pixels"
     except UnidentifiedImageError:
         reason = "empty" if not data else f"none of {', '.join(FORMATS)}"
     except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, …
         reason = " ".join(str(error).split()) or type(error).__name__
     raise RecordError(f"picture {name} cannot be decoded: {reason}")
+
+
+def _as_shown(image: Image.Image) -> Image.Image:
+    if turned(image):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # the library would make white of all but the darkest
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    shown = Image.new("RGB", image.size, "white")
+    shown.paste(image, mask=image.getchannel("A"))
+    return shown
+
+
+def turned(image: Image.Image) -> bool:
+    """Whether a picture says that it is to be turned or mirrored before it is shown."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # a note about the picture is damaged, not the picture
+        return False

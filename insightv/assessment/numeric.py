@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from insightv.assessment.decision import UNDECIDED, Decision, RuleConfig, is_formula, normal
-from insightv.assessment.quantities import SUPERSCRIPTS, Quantity, quantities, ratio, tidy
+from insightv.assessment.quantities import SUPERSCRIPTS, UNITS, Quantity, quantities, ratio, tidy
 from insightv.records import Question
 
 LATEX_SECONDS = 3
@@ -30,9 +31,18 @@ _SIGNS = {
     "−": "-",
     "°": "^\\circ ",
 }
+_FORMULA = re.compile(r"\\(?:[dt]?frac|sqrt|pi|left|begin|cdot|times|log|sin|cos|infty)|[\^√π]")
+_STRANGE = re.compile(r"\\(?![dt]?frac|times|cdot|text|circ|[%$,;! ])|[√π]")
 _WORDS = re.compile(r"\b[A-Za-z]{2,}\b")
 _NOTHING = re.compile(r"(?:none|nothing|nobody|no one|no|zero|nil)(?: of (?:the )?\w+)?")
 _VAGUE = re.compile(r"\b(?:all|both|each|every|couple|pair|few|several|many|single|once|twice)\b")
+_NONE = re.compile(r"\b(?:none|nothing|nobody|no|not|never|zero|nil|without)\b", re.I)
+_FALL = re.compile(
+    r"\b(?:f[ae]ll|fallen|falls|drop|declin|decreas|down|los[st]|lower|less|reduc|shr[aiu]nk"
+    r"|negativ|below|minus)\w*",
+    re.I,
+)
+_OUT_OF = re.compile(r"\s(?:out of|in|in every|of|of every)\s(?:the\s)?")
 _COPULA = re.compile(
     r"(?:\b(?:is|are|was|were)|\b(?:total|sum|difference|result|value|count|ratio)\b\W{0,4})"
     r"\s*(?:about|only|exactly|just|around)?\s*$",
@@ -42,6 +52,13 @@ _COPULA = re.compile(
 
 def number(question: Question, text: str, config: RuleConfig) -> Decision:
     """The number a text concludes with; several, one of them right, are left open."""
+    decision = _concludes(question, text, config)
+    if decision.correct is False and (doubt := _doubt(question, text, config)):
+        return Decision(None, UNDECIDED, doubt)
+    return decision
+
+
+def _concludes(question: Question, text: str, config: RuleConfig) -> Decision:
     truths = quantities(tidy(question.answer))
     if len(truths) != 1:
         return Decision(None, UNDECIDED, "the true answer is not one number")
@@ -69,6 +86,30 @@ def number(question: Question, text: str, config: RuleConfig) -> Decision:
     if outcomes == {True}:
         return Decision(True, "number")
     return Decision(None, UNDECIDED, "names several numbers" if chosen else "gives only a limit")
+
+
+def _doubt(question: Question, text: str, config: RuleConfig) -> str:
+    """Why a text that does not give the true number may yet mean it; or nothing."""
+    (truth,), text = quantities(tidy(question.answer)), tidy(text)
+    found = quantities(text)
+    if not found:
+        if not truth.value and _NONE.search(text):
+            return "nothing in words"
+        digits = re.sub(r"\D", "", question.answer)
+        within = digits and re.search(rf"[A-Za-z_]-?{digits}(?![\d.,]*\d)", text)
+        return "the true number within a name" if within else ""
+    other_sign = [replace(q, value=-q.value) for q in found]
+    fall = _FALL.search(f"{question.text} {text}") or re.fullmatch(r"\([^-()]+\)", text.strip())
+    if fall and any(equal(question, truth, q, config) for q in other_sign):
+        return "a fall may be told without a sign"
+    for one, two in zip(found, found[1:], strict=False):
+        if _OUT_OF.fullmatch(text, one.end, two.start) and two.value:
+            share = replace(one, value=one.value / two.value)
+            if equal(question, truth, share, config):
+                return "a share in words"
+    if truth.unit and UNITS[truth.unit][0] == "time" and re.search(r"\d:\d\d\b", text):
+        return "a length of time written as a clock shows it"
+    return ""
 
 
 def _concluded(
@@ -132,7 +173,8 @@ def equal(question: Question, truth: Quantity, given: Quantity, config: RuleConf
     if truth.unit and given.unit:
         factor = ratio(truth.unit, given.unit)
         if factor is None:
-            return None if close(value, other) else False
+            degrees = {UNITS[truth.unit][0], UNITS[given.unit][0]} == {"celsius", "fahrenheit"}
+            return None if degrees or close(value, other) else False
         other *= factor
     asks = question.text.lower()
     asks_percent = ("percent" in asks or "%" in asks) and "percentage point" not in asks
@@ -163,17 +205,17 @@ def _in_units_of(asks: str, scale: float) -> bool:
     return word is not None and word in asks
 
 
-def latex(question: Question, text: str) -> Decision | None:
+def latex(question: Question, text: str, config: RuleConfig) -> Decision | None:
     """By math-verify, where LaTeX is involved and the package is there."""
-    formula = re.compile(r"\\(?:frac|sqrt|pi|left|begin|cdot|times|log|sin|cos|infty)|\^")
     if question.answer_type not in ("number", "text"):
         return None
     is_text = question.answer_type == "text"
-    involved = is_formula(question.answer) if is_text else formula.search(question.answer)
-    if not involved and (is_text or not formula.search(text)):
+    involved = is_formula(question.answer) if is_text else _FORMULA.search(question.answer)
+    if not involved and (is_text or not _FORMULA.search(text)):
         return None
-    strange = re.search(r"\\(?!d?frac|times|cdot|text|circ)|[√π]", text)
-    if question.answer_type == "number" and not strange and len(quantities(tidy(text))) == 1:
+    both = (question.answer, text)
+    plain = all(len(quantities(tidy(said))) == 1 and not _STRANGE.search(said) for said in both)
+    if question.answer_type == "number" and plain:
         return None
     try:
         from math_verify import parse, verify
@@ -193,7 +235,7 @@ def latex(question: Question, text: str) -> Decision | None:
         equal = verify(gold, given, timeout_seconds=LATEX_SECONDS, raise_on_error=True)
     except (Exception, TimeoutException) as error:  # what it could not finish proves nothing
         return Decision(None, UNDECIDED, f"LaTeX that math-verify gives up: {type(error).__name__}")
-    if equal:
+    if equal or _rounds(both, (gold, given), config):
         return Decision(True, "math-verify")
     if any(not parsed or isinstance(parsed[0], str) for parsed in (gold, given)):
         return Decision(None, UNDECIDED, "LaTeX that math-verify cannot parse")
@@ -204,10 +246,34 @@ def latex(question: Question, text: str) -> Decision | None:
     return Decision(False, "math-verify")
 
 
+def _rounds(said: tuple[str, str], parsed: tuple[Any, Any], config: RuleConfig) -> bool:
+    """Whether one gives the decimals of the other, a formula: 3.46 for the root of 12."""
+    if all(map(_FORMULA.search, said)):
+        return False
+    try:
+        truth, given = (_value(*pair) for pair in zip(said, parsed, strict=True))
+    except Exception:  # a set, a relation, several numbers, or nothing that ends
+        return False
+    tolerance = 0.0 if truth.is_integer() else config.decimal_tolerance
+    return abs(truth - given) <= (tolerance + 1e-9) * abs(truth)
+
+
+def _value(text: str, parsed: Sequence[Any]) -> float:
+    from math_verify.utils import timeout
+
+    if _FORMULA.search(text):
+        return float(timeout(LATEX_SECONDS)(float)(parsed[0]))
+    (found,) = quantities(tidy(text))
+    if found.bound or found.negated or found.percent:
+        raise ValueError(f"{text!r} is no value")
+    return found.value
+
+
 def _in_latex(text: str) -> str:
     """A formula with the signs of Unicode spelt as LaTeX, which is all math-verify reads."""
     text = re.sub(f"([{_RAISED}]+)", lambda m: "^{" + m[1].translate(SUPERSCRIPTS) + "}", text)
     text = re.sub(r"√\s*(\d+(?:\.\d+)?|[A-Za-z])|√\s*\(([^()]*)\)", _root, text)
+    text = re.sub(r"(?<![\\A-Za-z])pi\b", "π", text)
     return re.sub(f"[{''.join(_SIGNS)}]", lambda m: _SIGNS[m[0]], text)
 
 

@@ -147,12 +147,15 @@ _WORD_UNIT = re.compile(rf"[\s-](?:of )?(?:an? )?(?P<unit>{_SPELT})\b", re.I)
 _AND_A_HALF = re.compile(rf"\b(?:an?|one) (?P<unit>{_SPELT}) and a half\b", re.I)
 _MINUS = re.compile(r"\b(?:minus|negative)\s$")
 _BELOW_ZERO = re.compile(r"(?:\s?degrees?|\s?[CF]\b|\s?celsius)*\s?below (?:zero|0|freezing)", re.I)
+_PLAIN_FRACTION = r"\\frac\{(-?[\d.]+)\}\s*\{([\d.]+)\}"
 _RANGE_BEFORE = re.compile(r"\d\s?(?:[-–—]|\bto\b)\s?$")
 
 
 def tidy(text: str) -> str:
     """Unifies spellings of the same sign: spaces, minus signs, fractions, light LaTeX."""
-    text = re.sub(r"\\d?frac\s*\{(-?[\d.]+)\}\s*\{([\d.]+)\}", r" \1/\2", text)
+    text = re.sub(r"\\[dt]?frac\s*(?:(\d)\s*(\d)(?!\d)|(?=\{))", _braced, text)
+    text = re.sub(rf"(?<![\w)}}%])[-−–]\s*{_PLAIN_FRACTION}", r" -\1/\2", text)
+    text = re.sub(_PLAIN_FRACTION, r" \1/\2", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\(?:times|cdot)\b|(?<=\d)\s?[·⋅]\s?(?=10)", "×", text)
     text = re.sub(r"\^?\s*\{?\\circ\b\}?|º", "°", text)
@@ -161,7 +164,12 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<=\d)(?=[½⅓⅔¼¾⅕⅖⅗⅘⅛])", " ", text)
     text = unicodedata.normalize("NFKC", text)
     text = text.replace("⁄", "/").replace("−", "-").replace("’", "'")
+    text = re.sub(r"(?<![\w)%])(?<!\d\s)–(?=\.?\d)", "-", text)  # "–7"; in "5–7" it is a range
     return text.replace("×10", "× 10")
+
+
+def _braced(match: re.Match[str]) -> str:
+    return f"\\frac{{{match[1]}}}{{{match[2]}}}" if match[1] else "\\frac"
 
 
 def quantities(text: str) -> list[Quantity]:
@@ -221,7 +229,9 @@ def _figures(text: str) -> Iterator[Quantity]:
         value, others = _core(core)
         value *= _SCALES.get((match["scale"] or "").strip(" -"), 1.0)
         if match["den"]:
-            value, others = _fraction(value, match["mixed"], float(match["den"])), ()
+            marks = match["den"] in ("10", "100") and not match["mixed"]  # 72 points of 100
+            others = (value,) if marks else ()
+            value = _fraction(value, match["mixed"], float(match["den"]))
         value *= _power(match["exp"] or match["ten"])
         if match["power"]:
             value = _raise(value, int(match["power"][:6]))

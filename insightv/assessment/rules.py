@@ -66,7 +66,7 @@ def decide(question: Question, answer: str, config: RuleConfig = _DEFAULT) -> De
     refusal = _refusal(question, text)
     if refusal is not None:
         return refusal
-    formula = latex(question, text)
+    formula = latex(question, text, config)
     if formula is not None:
         return formula
     if question.answer_type in ("label", "text"):

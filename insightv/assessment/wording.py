@@ -64,13 +64,17 @@ def _other_label(question: Question, truth: str, spoken: str, text: str) -> Deci
 def _near(one: str, two: str) -> bool:
     """Plural, abbreviation, misspelling: likely the same thing, not surely."""
     short, long = sorted((one, two), key=len)
-    if len(short) >= 3 and long.startswith(short):
+    if len(short) >= 3 and (long.startswith(short) or _decade(short) and long.endswith(short)):
         return True
     initials = "".join(word[0] for word in long.split() if word not in ("of", "the", "and"))
     compact = short.replace(".", "").replace(" ", "")
     if len(initials) > 1 and len(compact) < 5 and compact.startswith(initials):
         return True
     return _misspelt(one.split(), two.split())
+
+
+def _decade(text: str) -> bool:
+    return re.fullmatch(r"\d0s", text) is not None
 
 
 def _misspelt(one: Sequence[str], two: Sequence[str]) -> bool:
@@ -188,7 +192,7 @@ def text_answer(question: Question, text: str, config: RuleConfig) -> Decision:
     if same(text, question.answer):
         return Decision(True, "exact")
     truth, given = _code(question.answer), _code(text)
-    if truth and given:
+    if truth and given and (truth == given or not given.endswith(truth)):
         return Decision(truth == given, "code")
     if label(question, text, config).correct:
         return Decision(True, "text")

@@ -30,6 +30,8 @@ DRAWS = 1000
 """Resamples behind the interval of a metric that is no mean."""
 _TOKENS = 1024
 """What lmms-eval's own clients allow an answer where its task says nothing."""
+_KEPT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+"""Kinds of pictures that PNG holds as they are, transparency included."""
 
 
 def main() -> None:
@@ -163,12 +165,14 @@ def _row(request: Any, documents: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def _stored(picture: Any, folder: Path) -> str:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(picture, str):
-        picture = Image.open(picture)
+        picture = ImageOps.exif_transpose(Image.open(picture))
+    if picture.mode not in _KEPT_MODES:
+        picture = picture.convert("RGB")
     packed = io.BytesIO()
-    picture.convert("RGB").save(packed, "PNG", compress_level=3)
+    picture.save(packed, "PNG", compress_level=3)
     data = packed.getvalue()
     name = hashlib.sha256(data).hexdigest()
     if not (path := folder / name).exists():

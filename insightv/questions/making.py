@@ -112,6 +112,8 @@ def held_out(asked: QuestionsSection, split: str, counts: Counter[str]) -> HeldO
         for found in read_questions(mapping, later, asked.place, Nowhere()):
             if isinstance(found, Asked):
                 held.add(found.question.key, found.text, found.pictures)
+            else:
+                counts[f"not held out: {mapping.name}: {found.reason}"] += 1
     counts["held out: questions looked for"] += len(held)
     return held
 

@@ -22,8 +22,14 @@ from insightv.records import AnswerType, Question, seed_for
 
 __all__ = ["Asked", "Dropped", "Place", "count_questions", "read_questions"]
 
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+_LETTERED = re.compile(r"\(?([A-Z])[.):]")  # not "A dog"
 REMEMBERED = 4096
 """Pictures that are not looked at again when the next rows show them too."""
+
+
+_Fields = tuple[str, tuple[str, ...], str, AnswerType]
+"""Text, options, answer and its type."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Asked:
 
     Attributes:
         question: The record; its pictures are stored.
-        text: What is asked, without options.
+        text: What is asked, without options, context and literals that the mapping removes.
         pictures: What its pictures are recognised by.
         shrunk: How many of them were made smaller.
     """
@@ -211,13 +217,13 @@ class _Reader:
         for place, one in enumerate(posed):
             mine = key if len(posed) == 1 else f"{key}.{place}"
             try:
-                fields = self._fields(row, one)
+                bare, fields = self._fields(row, one)
                 shown = shown or self._prepared(data)
-                refused = self.wanted(one.text, shown.fingerprints) if self.wanted else None
+                refused = self.wanted(bare, shown.fingerprints) if self.wanted else None
                 if refused is not None:
                     yield Dropped(mine, refused.reason, refused.detail, refused.broken)
                     continue
-                yield self._asked(mine, row, one, fields, self._stored(shown, data))
+                yield self._asked(mine, row, bare, fields, self._stored(shown, data))
             except _Unsuited as why:
                 yield _dropped(mine, str(why))
             except RecordError as error:
@@ -246,8 +252,8 @@ class _Reader:
             raise RecordError(f"row: {turns.column} holds no question with an answer")
         return [_Posed(as_text(q), a) for q, a in pairs[: turns.most or None]]
 
-    def _fields(self, row: Row, posed: _Posed) -> tuple[str, tuple[str, ...], str, AnswerType]:
-        """Text, options, answer and its type.
+    def _fields(self, row: Row, posed: _Posed) -> tuple[str, _Fields]:
+        """What is asked, bare of all else; and text, options, answer and its type.
 
         Raises:
             RecordError: Something is missing, or the answer is none of the options.
@@ -257,8 +263,8 @@ class _Reader:
             text = text.replace(literal, "")
         if mapping.options_in_question and not options:
             text, options = options_of(text)
-        text = text.strip()
-        if not text:
+        text, bare = text.strip(), placed(text, 1)
+        if not bare:
             raise RecordError("question: empty")
         context = [as_text(field(row, name)).strip() for name in mapping.context]
         text = "\n".join([*filter(None, context), text])
@@ -280,7 +286,8 @@ class _Reader:
             answer = {"true": "yes", "false": "no"}.get(normal(answer), normal(answer))
             if answer not in ("yes", "no"):
                 raise RecordError("answer: neither yes nor no")
-        return text, options if kind == "choice" else (), answer, kind  # type: ignore[return-value]
+        options = options if kind == "choice" else ()
+        return bare, (text, options, answer, kind)  # type: ignore[return-value]
 
     def _answer(self, value: Any) -> tuple[str, bool]:
         """The answer's text, and whether it is several."""
@@ -313,9 +320,9 @@ class _Reader:
             place = number - (form == "index_from_one")
             if 0 <= place < len(known):
                 return known[place]
-        named = re.match(r"\(?([A-Z])\)?(?:[.):\s]|$)", answer) if form == "letter" else None
-        if named and named[1] in known:
-            return named[1]
+        named = _LETTER.fullmatch(answer) if form == "letter" else None
+        if named and named[1].upper() in known:
+            return named[1].upper()
         same = [mark for mark, text in zip(known, options, strict=True) if text == answer]
         same = same or [
             mark
@@ -324,6 +331,9 @@ class _Reader:
         ]
         if form in ("text", "letter") and len(same) == 1:
             return same[0]
+        named = _LETTERED.match(answer) if form == "letter" else None
+        if named and named[1] in known:
+            return named[1]
         raise RecordError("answer: none of the options, or several")
 
     # ---- pictures
@@ -379,13 +389,14 @@ class _Reader:
         self,
         key: str,
         row: Row,
-        posed: _Posed,
-        fields: tuple[str, tuple[str, ...], str, AnswerType],
+        bare: str,
+        fields: _Fields,
         shown: _Shown,
     ) -> Asked:
         mapping = self.mapping
         text, options, answer, kind = fields
-        task = as_text(field(row, mapping.task)) if mapping.task else ""
+        task = field(row, mapping.task) if mapping.task else ""
+        task = ", ".join(map(as_text, task if isinstance(task, list) else [task]))
         group = as_text(field(row, mapping.group)) if mapping.group else ""
         group = group or (shown.fingerprints[0].digest[:16] if shown.ids else key)
         question = Question(
@@ -398,7 +409,7 @@ class _Reader:
             task=mapping.task_names.get(task, task),
             group=f"{mapping.name}/{group}",
         )
-        return Asked(question, posed.text, shown.fingerprints, shown.shrunk)
+        return Asked(question, bare, shown.fingerprints, shown.shrunk)
 
 
 def _dropped(key: str, reason: str, broken: bool = False) -> Dropped:

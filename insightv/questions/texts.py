@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hpc.errors import RecordError
 from insightv.assessment.decision import normal
 
@@ -15,18 +17,27 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """What options are called."""
 _PLACEHOLDER = re.compile(r"<image[ _]?(\d*)>")
 _OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]+(\S.*?)[ \t]*$", re.M)
-_NUMBER = re.compile(r"[-−+]?[$€£]?\s?\d[\d,]*(?:\.\d+)?\s?%?|[-−+]?\.\d+")
+_NUMBER = re.compile(r"[-−+]?[$€£]?\s?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?\s?%?|[-−+]?\.\d+")
 _FORMULA = re.compile(r"\$?[-\d\s+*/^(){}.]*\\(?:d?frac|sqrt|pi|times|cdot)\b.*")
 
 
 def as_text(value: Any) -> str:
-    """A value as text that can be stored; whole floats without a point, nothing for null."""
-    if value is None:
+    """A value as text that can be stored; whole floats without a point, nothing for null or NaN.
+
+    Raises:
+        RecordError: It holds several values.
+    """
+    if value is None or value != value:
         return ""
+    if isinstance(value, (list, tuple, dict)):
+        held = "keys" if isinstance(value, dict) else "a list"
+        raise RecordError(f"row: {held} where one text is wanted; column.key names a key inside")
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
+    if isinstance(value, float) and np.float32(value) == value:
+        return str(np.float32(value))  # stored as one: 0.1, not 0.10000000149011612
     return str(value).encode("utf-8", "replace").decode()  # JSON may hold half a character
 
 
@@ -44,7 +55,10 @@ def as_options(value: Any) -> tuple[str, ...]:
         value = list(value.values())
     if not isinstance(value, (list, tuple)):
         raise RecordError("options: not a list")
-    return tuple(as_text(option).strip() for option in value)
+    options = [as_text(option).strip() for option in value]
+    while options and not options[-1]:  # columns for four of them, of which two are used
+        options.pop()
+    return tuple(options)
 
 
 def _written(text: str) -> Any:

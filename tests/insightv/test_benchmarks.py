@@ -17,10 +17,11 @@ from insightv.assessment.decision import RuleConfig
 from insightv.assessment.judge import Judge, JudgeConfig
 from insightv.chain import assemble
 from insightv.chainfile import read
-from insightv.evaluation import benchmarks, paper
+from insightv.evaluation import benchmarks, lmms_harness, paper
 from insightv.evaluation.answering import EntryConfig
 from insightv.evaluation.benchmark_scores import SCORES, score, summary
 from insightv.evaluation.benchmarks import BenchmarksConfig, ByTask, ask, drawn_as, question_of
+from insightv.pictures import decode
 from insightv.prompting import load_prompts
 from insightv.questions.texts import said_with_pictures
 from insightv.records import Question
@@ -375,3 +376,12 @@ def test_a_table_without_truths_has_no_own_accuracy():
     told = {question.key: {"correct": False, "reasoning": "", "reasoning_answer": ""}}
     found = summary({question.key: question}, {"base": (told, {})}, 0)
     assert found["own"][0]["accuracy"] is None and found["confusion"] == {}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGB", "CMYK"])
+def test_a_benchmarks_picture_is_stored_as_it_is_shown(tmp_path, mode):
+    """Transparency reaches whoever decodes it, by which it is put on white."""
+    picture = Image.new("LA" if mode == "LA" else "RGBA", (20, 20)).convert(mode)
+    name = lmms_harness._stored(picture, tmp_path)
+    shown = decode((tmp_path / name).read_bytes(), name)
+    assert shown.getpixel((5, 5)) == ((255,) * 3 if "A" in mode else (0,) * 3)

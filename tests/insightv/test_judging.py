@@ -15,7 +15,7 @@ from insightv.records import Question
 ROOT = Path(__file__).parents[2]
 PAIRS = [
     json.loads(line)
-    for name in ("first", "fresh")
+    for name in ("first", "fresh", "later")
     for line in (ROOT / f"benchmarks/judging/{name}.jsonl").read_text("utf-8").splitlines()
 ]
 
@@ -47,7 +47,7 @@ def test_rules_that_decide_are_hardly_ever_wrong():
         for pair, decision in outcomes
         if decision.correct is not None and decision.correct != pair["right"]
     ]
-    assert len(wrong) <= 6, wrong
+    assert len(wrong) <= 15, wrong
     assert sum(decision.correct is None for _, decision in outcomes) < 0.36 * len(PAIRS)
 
 

@@ -33,15 +33,19 @@ def test_what_is_no_picture_is_told_apart():
     assert "none of PNG, JPEG" in refusal(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
 
 
+def claiming(side: int) -> bytes:
+    """A small file that says it is as large as that."""
+    head = b"IHDR" + struct.pack(">2I5B", side, side, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head) - 4) + head
+    data += struct.pack(">I", zlib.crc32(head))
+    return data + struct.pack(">I4s", 0, b"IDAT") + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
 def test_a_small_file_that_would_fill_the_memory_is_refused(recwarn):
     side = int(PIXELS**0.5) + 1
-    head = struct.pack(">2I5B", side, side, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I4s", len(head), b"IHDR") + head
-    data = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", zlib.crc32(chunk[4:]))
-    data += struct.pack(">I4s", 0, b"IDAT") + struct.pack(">I", zlib.crc32(b"IDAT"))
-    assert f"{side} x {side} pixels" in refusal(data)
-    huge = data.replace(head, struct.pack(">2I5B", 2**30, 2**30, 8, 2, 0, 0, 0))
-    refusal(huge)
+    assert f"{side} x {side} pixels" in refusal(claiming(side))
+    for side in (20_000, 2**30):
+        assert f"more than {PIXELS:,} pixels" in refusal(claiming(side))
     assert not recwarn.list
 
 
@@ -85,3 +89,45 @@ def test_a_damaged_pack_is_named(tmp_path):
     pack.write_bytes(data)
     with pytest.raises(RecordError, match=f"picture {name[:12]} is damaged"):
         Pictures([tmp_path / "pack"]).image(name)
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_black_lines_on_nothing_are_seen_on_white(mode):
+    """As diagrams are drawn; most libraries put them on black."""
+    clear = Image.new("LA", (9, 9), (0, 0))
+    clear.paste((0, 255), (3, 3, 6, 6))
+    options = {"transparency": 0} if mode in "PL" else {}
+    if options:
+        clear = Image.new(mode, (9, 9), 0)
+        clear.paste(1, (3, 3, 6, 6))
+    if mode == "P":
+        clear.putpalette([0, 0, 0, 0, 0, 0])
+    data = saved(clear if options else clear.convert(mode), **options)
+    shown = decode(data, "x")
+    assert shown.mode == "RGB" and shown.getpixel((0, 0)) == (255, 255, 255)
+    assert max(shown.getpixel((4, 4))) <= 1
+
+
+def test_sixteen_bits_of_grey_keep_their_shades():
+    ramp = Image.new("I;16", (256, 8))
+    ramp.putdata([256 * n for n in range(256)] * 8)
+    shown = decode(saved(ramp), "x")
+    assert [shown.getpixel((n, 3)) for n in (0, 100, 255)] == [(n,) * 3 for n in (0, 100, 255)]
+
+
+def test_a_photograph_is_upright_and_a_damaged_note_about_it_does_no_harm():
+    image = Image.new("RGB", (100, 50), "red")
+    image.paste("blue", (0, 0, 50, 50))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned: left is up
+    shown = decode(saved(image, "JPEG", exif=turned), "x")
+    assert shown.size == (50, 100)
+    assert shown.getpixel((25, 20))[2] > 200 and shown.getpixel((25, 80))[0] > 200
+    cut = b"Exif\0\0MM\0*\0\0\0\x08\0\xff\x01\x12\0\x03"
+    assert decode(saved(image, "JPEG", exif=cut), "x").size == (100, 50)

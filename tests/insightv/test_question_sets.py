@@ -3,10 +3,12 @@
 import hashlib
 import io
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -413,6 +415,49 @@ def test_broken_rows_are_counted_and_do_not_stop_the_rest(tmp_path):
     assert Counter(item.broken for item in dropped) == {True: 6, False: 1}
 
 
+def test_values_that_are_no_text_are_no_answers(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/a.png").write_bytes(picture(1))
+    given = [math.nan, 0.25, float(np.float32(0.1)), 2.5e20, True, {"value": "x"}, [["x"]], None]
+    good = {"question": "How many?", "image": "a.png"}
+    rows = [good | {"answer": value} for value in given]
+    rows += [good | {"question": value, "answer": "1"} for value in (["a"], {"a": 1}, "<image>")]
+    lines(tmp_path / "own/rows.jsonl", rows)
+    asked, dropped, _ = read(jsonl_set(splits=train()), tmp_path)
+    assert [(q.answer_type, q.answer) for q in asked] == [
+        ("number", "0.25"),
+        ("number", "0.1"),
+        ("number", "2.5e+20"),
+        ("yes_no", "yes"),
+    ]
+    assert [item.broken for item in dropped] == [False, True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("B", "B"),
+        ("(b)", "B"),
+        ("B. A dog", "B"),
+        ("A dog", "B"),  # not the letter A
+        ("A.B. Cat", "C"),
+        ("A horse", ""),
+        ("D", ""),
+    ],
+)
+def test_letters_are_told_from_words(tmp_path, answer, expected):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/a.png").write_bytes(picture(1))
+    options = {"A": "A cat", "B": "A dog", "C": "A.B. Cat", "D": None}  # columns for four
+    row = {"question": "Which?", "image": "a.png", "answer": answer, "options": options}
+    lines(tmp_path / "own/rows.jsonl", [row])
+    mapping = jsonl_set(options="options", answer_is="letter", splits=train())
+    asked, dropped, _ = read(mapping, tmp_path)
+    assert [q.answer for q in asked] == ([expected] if expected else [])
+    assert all(item.broken for item in dropped)
+    assert not asked or asked[0].text.endswith("(C) A.B. Cat")
+
+
 def train():
     return {"train": SplitConfig(files=["*.jsonl"])}
 
@@ -686,6 +731,27 @@ def test_held_out_questions_are_found_by_text_and_picture():
     assert held.same_picture([marks(picture(2)), same]) == "chartqa:test:3"
     assert not held.same_picture([marks(picture(2))])
     assert len(held) == 1
+
+
+def test_a_question_is_known_again_however_another_set_words_its_demand_and_options(tmp_path):
+    """The Cauldron's AI2D against the evaluations': the pair that own-data.yaml names."""
+    features = {"question": TEXT, "options": scienceqa_list(), "answer": TEXT}
+    row = {"question": "Which eats grass?", "options": ["hawk", "rabbit"], "answer": "1"}
+    row["image"] = stored(picture(1, (640, 480)))
+    path = tmp_path / "ai2d/data/test-00000-of-00001.parquet"
+    parquet(path, features | {"image": image_feature()}, [row])
+    held = HeldOut()
+    sets = Place(tmp_path)
+    for found in read_questions(load_set(CONFIGS / "ai2d.yaml"), "test", sets, Sink()):
+        held.add(found.question.key, found.text, found.pictures)
+    wording = "Question: {}\nChoices:\nA. hawk\nB. rabbit\nAnswer with the letter."
+    turns = [(wording.format(text), "Answer: B") for text in ("Which eats grass?", "Which flies?")]
+    cauldron(tmp_path, [([picture(1, (640, 480), "JPEG")], turns)])
+    mapping = load_set(CONFIGS / "the-cauldron.yaml")
+    mapping.splits = {"train": SplitConfig(files=mapping.splits["train"].files)}
+    found = list(read_questions(mapping, "train", sets, Sink()))
+    told = [held.same_question(item.text, item.pictures) for item in found]
+    assert told == ["ai2d:test:0", ""]
 
 
 # ---- whatever rows hold

@@ -13,10 +13,9 @@ from hpc.errors import RecordError
 from insightv import chats, models
 from insightv.engines.base import Request
 from insightv.engines.caching import Cache
-from insightv.pictures import FORMATS, Pictures
+from insightv.pictures import FORMATS, Pictures, turned
 
 _PLAIN_MODES = ("RGB", "L")
-_ORIENTATION = 0x0112
 _KINDS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
@@ -98,5 +97,4 @@ def _as_it_is(data: bytes) -> str:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     plain = image.mode in _PLAIN_MODES and getattr(image, "n_frames", 1) == 1
     plain = plain and "transparency" not in image.info
-    turned = image.getexif().get(_ORIENTATION, 1) != 1
-    return str(image.format) if plain and not turned else ""
+    return str(image.format) if plain and not turned(image) else ""
