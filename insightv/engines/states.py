@@ -36,6 +36,11 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :end, :] for room in self._rooms)
         return self.keys, self.values
 
+    def reset(self) -> None:
+        """Gives its memory back."""
+        super().reset()
+        self._rooms = []
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Goes on with these rows only; the next step makes room."""
         super().batch_select_indices(indices)
@@ -102,7 +107,8 @@ def packed(parts: Sequence[Part], rows: Sequence[torch.Tensor | None]) -> Part:
     """One cache of rows of several, padded on the left no more than the longest row asks for.
 
     Args:
-        parts: Caches whose layers keep everything.
+        parts: Caches whose layers keep everything. They are used up: the memory of a layer is
+            given back before that of the next one is asked for.
         rows: Which rows are taken of each, in which order; None: all.
     """
     masks = [mask if own is None else mask[own] for (_, mask), own in zip(parts, rows, strict=True)]
@@ -127,13 +133,12 @@ def packed(parts: Sequence[Part], rows: Sequence[torch.Tensor | None]) -> Part:
         return room
 
     cache = DynamicCache()
-    cache.layers = [
-        RoomyLayer(
-            together([layer.keys for layer in layers]),
-            together([layer.values for layer in layers]),
-            width,
-        )
-        for layers in zip(*(part[0].layers for part in parts), strict=True)
-    ]
+    for number in range(len(parts[0][0].layers)):
+        layers = [part[0].layers[number] for part in parts]
+        keys = together([layer.keys for layer in layers])
+        values = together([layer.values for layer in layers])
+        cache.layers.append(RoomyLayer(keys, values, width))
+        for layer in layers:
+            layer.reset()
     wide = [torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks]
     return cache, torch.cat(wide)

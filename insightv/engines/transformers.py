@@ -64,7 +64,7 @@ class TransformersEngine:
         config.validate()
         loaded = models.load(model_folder, config.device, config.dtype)
         self.digest = loaded.digest
-        # One batch runs while the next one gathers.
+        # As many run as wait to take the places of those that are done.
         self.concurrency = 2 * config.batch_size
         self.context = config.context or models.longest_input(loaded.model)
         self._model: Any = loaded.model

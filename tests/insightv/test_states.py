@@ -52,19 +52,19 @@ def stepped(part):
 @given(LENGTHS, LENGTHS, st.data())
 @settings(max_examples=80, deadline=None)
 def test_rows_stay_what_they_are(one, other, data):
-    first, second = cache_of(one), cache_of(other, 50)
     kept = data.draw(st.lists(st.integers(0, len(one) - 1), min_size=1, max_size=8))
-    chosen = states.with_rows(first, torch.tensor(kept))
+    chosen = states.with_rows(cache_of(one), torch.tensor(kept))
     check(chosen, kept, [one[row] for row in kept])
     assert chosen[1].shape[1] == max(one[row] for row in kept)  # no wider than it must be
-    both = states.packed([chosen, second], [None, None])
+    both = states.packed([chosen, cache_of(other, 50)], [None, None])
     names = [*kept, *range(50, 50 + len(other))]
     check(both, names, [one[row] for row in kept] + other)
 
+    first = cache_of(one)
     states.with_room(first[0])
     count = data.draw(st.integers(1, min(len(one), len(other))))
     places = data.draw(st.permutations(range(len(one))))[:count]
-    new = states.with_rows(second, torch.arange(count))
+    new = states.with_rows(cache_of(other, 50), torch.arange(count))
     if states.fits(first, new):
         states.replace(first, torch.tensor(places), new)
         names, lengths = list(range(len(one))), list(one)
