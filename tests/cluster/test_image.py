@@ -16,7 +16,7 @@ from testbed import Testbed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "containers"))
 import making  # noqa: E402
 
-from hpc.cluster import Resources, read_profile  # noqa: E402
+from hpc.cluster import Override, read_profile  # noqa: E402
 from hpc.container import Container  # noqa: E402
 from hpc.rundir import STOPPED, read_json  # noqa: E402
 
@@ -78,7 +78,7 @@ def test_ranks_inside_an_image(cluster: Testbed, image: Path) -> None:
     run = Run(cluster)
     place = hand_over(cluster, image, run.folder)
     source = Path(counting.__file__)
-    wide = Resources(memory="400M", nodes=2, tasks=2, minutes=10)
+    wide = Override(memory="400M", nodes=2, tasks=2, minutes=10)
     asked = profile(stages={"numbers": wide})
     asked.container = Container(
         str(place), program=["python", str(source)], binds=[str(source.parent)]
