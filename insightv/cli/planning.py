@@ -203,8 +203,7 @@ def _jobs(chain: Chain, planned: Sequence[Planned], profile: Profile) -> Table:
     from rich.table import Table
 
     first, *_, gate = planned
-    images = {item.name: profile.container_of(item.resources).image for item in planned}
-    several = len({*images.values()}) > 1
+    several = bool(first.job.also)
     table = Table(title="jobs", title_justify="left")
     table.add_column("stage")
     table.add_column("waits for", ratio=1)
@@ -227,7 +226,7 @@ def _jobs(chain: Chain, planned: Sequence[Planned], profile: Profile) -> Table:
             str(_nodes(item) * asked.gpus or ""),
             str(processes * asked.cores),
             str(asked.minutes),
-            *([Path(images[item.name]).name] if several else ()),
+            *([_image(item, profile)] if several else ()),
         )
     asked = gate.resources
     table.caption = (
@@ -236,6 +235,12 @@ def _jobs(chain: Chain, planned: Sequence[Planned], profile: Profile) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def _image(item: Planned, profile: Profile) -> str:
+    if item.job.also:
+        return "each"
+    return Path(profile.container_of(item.resources).image).name or "none"
 
 
 def _waits(chain: Chain, stage: str, behind: dict[str, set[str]]) -> list[str]:
