@@ -52,7 +52,7 @@ def payload(chain: Chain, words: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         if command != "work":
-            return _stop(chain, f"{command} {' '.join(rest[:1])}: {error}")
+            return _stop(chain, f"{' '.join([command, *rest[:1]])}: {error}")
         return 2
     raise UserError(f"{command}: no such payload; use work, gate or preflight")
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "containers"))
 import making  # noqa: E402
 
 from hpc.cluster import Override, read_profile  # noqa: E402
-from hpc.container import Container  # noqa: E402
+from hpc.container import Container, identify  # noqa: E402
 from hpc.rundir import STOPPED, read_json  # noqa: E402
 
 SLOW = ("pause=0.4", "only=double", "small=true")
@@ -63,7 +63,7 @@ def test_a_chain_inside_images(cluster: Testbed, image: Path, tmp_path: Path) ->
     place = hand_over(cluster, image, run.folder)
     other = hand_over(cluster, another(image, tmp_path), run.folder)
     source = Path(counting.__file__)
-    seen = f'cp -n /{MARKER} "$2-${{4:-}}-$$.seen" 2>/dev/null; exec python "$@"'
+    seen = f'cp -n /{MARKER} "$2-$4-$$.seen" 2>/dev/null; exec python "$@"'
     program = ["bash", "-c", seen, "seen", str(source)]
     binds = [f"{source.parent}:{source.parent}:ro"]
     asked = profile(partition="low", stages={"dou*": Override(image=str(other))})
@@ -100,20 +100,21 @@ def test_a_chain_inside_images(cluster: Testbed, image: Path, tmp_path: Path) ->
 
 
 def test_ranks_inside_an_image(cluster: Testbed, image: Path) -> None:
+    """The other stages, the gates and the preflight's first half are on the host."""
     run = Run(cluster)
     place = hand_over(cluster, image, run.folder)
     source = Path(counting.__file__)
-    wide = Override(memory="400M", nodes=2, tasks=2, minutes=10)
+    wide = Override(nodes=2, tasks=2, image=str(place))
     asked = profile(stages={"numbers": wide})
-    asked.container = Container(
-        str(place), program=["python", str(source)], binds=[str(source.parent)]
-    )
+    asked.container = Container(program=["python", str(source)], binds=[str(source.parent)])
     run.write(asked)
     run.submit("small=true", "ranks=true")
     run.check()
     told = [read_json(run.path / f"rank{rank}.json") for rank in range(4)]
     assert [entry["WORLD_SIZE"] for entry in told] == ["4"] * 4
     assert [entry["LOCAL_RANK"] for entry in told] == ["0", "1", "0", "1"]
+    digests = {stage: run.dir.read_manifest(stage)["image"] for stage in run.chain().stages}
+    assert digests == dict.fromkeys(digests) | {"numbers": identify(place)[0]}
 
 
 def test_an_image_that_changes_ends_the_chain(cluster: Testbed, image: Path) -> None:
