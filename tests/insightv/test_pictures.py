@@ -121,6 +121,7 @@ def test_sixteen_bits_of_grey_keep_their_shades():
     assert [shown.getpixel((n, 3)) for n in (0, 100, 255)] == [(n,) * 3 for n in (0, 100, 255)]
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_photograph_is_upright_and_a_damaged_note_about_it_does_no_harm():
     image = Image.new("RGB", (100, 50), "red")
     image.paste("blue", (0, 0, 50, 50))
