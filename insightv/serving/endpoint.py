@@ -162,7 +162,7 @@ class _Reply:
         """Server-sent events: who speaks, the pieces, why they ended, what they took."""
         pieces: list[Piece] = []
         try:
-            yield self._chunk({"role": "assistant", "content": ""})
+            yield self._chunk({"role": "assistant"})
             async with aclosing(self._agents.reply(self._asked, self._question)) as reply:
                 async for piece in reply:
                     pieces.append(piece)

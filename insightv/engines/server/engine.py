@@ -44,7 +44,7 @@ _SPILL = 1.5
 """A replica with so many times the mean in flight leaves further requests to the next."""
 _SPARE = 8
 _BROKEN = 30
-"""Failures in a row, without any success, after which it is the server that is broken."""
+"""Failures in a row of requests that had failed before, after which the server is broken."""
 _SUSPECT = 2
 """A request that was under way at so many deaths of servers is asked alone from then on."""
 _TURN = 0.05
@@ -336,7 +336,7 @@ class ServerEngine:
             replica = self._choose(subject)
             begun = time.monotonic()
             try:
-                return await self._try(replica, body, request, alone=deaths >= _SUSPECT)
+                return await self._try(replica, body, request, deaths >= _SUSPECT, failures > 0)
             except ServerGone as error:
                 self._give_up(replica, error)
                 waited = 0.0
@@ -367,9 +367,9 @@ class ServerEngine:
             await asyncio.sleep(delay)
 
     async def _try(
-        self, replica: _Replica, body: bytes, request: Request, alone: bool
+        self, replica: _Replica, body: bytes, request: Request, alone: bool, failed: bool
     ) -> Completion:
-        """One attempt, with others under way or ``alone``.
+        """One attempt, with others under way or ``alone``; the request may have ``failed`` before.
 
         Raises:
             _Again: It may work later.
@@ -392,9 +392,9 @@ class ServerEngine:
                     replica.failed = 0
                     return done
             except (Unreachable, Late, Garbled) as error:
-                raise await self._failure(replica, url, error) from None
+                raise await self._failure(replica, url, error, failed) from None
             if reply.status >= 500:
-                raise await self._failure(replica, url, reply)
+                raise await self._failure(replica, url, reply, failed)
         if reply.status in _BUSY:
             raise _Again(reply.problem, True, reply.retry_after)
         own = replica.own
@@ -407,7 +407,11 @@ class ServerEngine:
         raise RecordError(f"the server refuses the request: {reply.problem}")
 
     async def _failure(
-        self, replica: _Replica, url: str, cause: Unreachable | Late | Garbled | Reply
+        self,
+        replica: _Replica,
+        url: str,
+        cause: Unreachable | Late | Garbled | Reply,
+        failed: bool,
     ) -> _Again:
         """What an attempt without an answer means: is it this request, or is the server dead?
 
@@ -424,7 +428,8 @@ class ServerEngine:
         if isinstance(cause, Reply) and cause.status in _BUSY and alive:
             return _Again(problem, True, cause.retry_after)
         if alive:
-            self._note_failure(replica, url)
+            if failed:  # What all that is under way fails at once is over with that once.
+                self._note_failure(replica, url)
             return _Again(problem, patient=False)
         replica.down = url
         if not isinstance(cause, Unreachable):
