@@ -315,7 +315,7 @@ def test_a_real_server_that_runs_counts_and_refuses_as_we_do(real, tmp_path):
 def test_a_real_server_judges_what_the_rules_leave_and_survives_being_killed(real, tmp_path):
     """Free-text answers of the tiny model: every path gets its verdict, by whatever decided."""
     python, model = real
-    mapping = free_text(tmp_path / "set", 8)
+    mapping = free_text(tmp_path / "set", 6)
     engine = (
         "{kind: server, threads: 1, context: 2048, server: {command: [llamacpp], "
         f"python: {python}}}}}"
@@ -324,9 +324,10 @@ def test_a_real_server_judges_what_the_rules_leave_and_survives_being_killed(rea
     told = read(
         SMOKE,
         [
-            f"questions={{sets: [{mapping}], folder: {tmp_path}, take: {{free: {{train: 8}}}}, "
-            f"charts: {none}, reading: {none}, shapes: {none}, per_shard: 2}}",
-            "generation={paths: 2, max_steps: 3}",
+            f"questions={{sets: [{mapping}], folder: {tmp_path}, take: {{free: {{train: 6}}}}, "
+            "reasoned: [free], hard: [], plain: [], "
+            f"charts: {none}, reading: {none}, shapes: {none}, per_shard: 1}}",
+            "generation={paths: 2, max_steps: 4}",
             "local={slots: 1, workers: 1}",
             "engine={device: cpu, threads: 1}",
             f"models.judge.path={model}",

@@ -245,7 +245,8 @@ class ServerEngine:
             raise UserError(f"{replica.url} has no model {self._name!r}; it has {names}")
         self._dialect = self._dialect or DIALECTS_TOLD.get(str(known.get("owned_by")), "")
         meta = known.get("meta")  # of llama.cpp, which divides its context among its slots
-        for longest in (known.get("max_model_len"), meta and meta.get("n_ctx")):
+        slot = meta.get("n_ctx") if isinstance(meta, dict) else None
+        for longest in (known.get("max_model_len"), slot):
             if isinstance(longest, int) and longest > 0:
                 self.context = min(self.context, longest)
 
