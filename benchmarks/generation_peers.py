@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from insightv import chats
 from insightv.engines import Completion, Request
-from insightv.engines.decoding import decode
+from insightv.engines.rows import decode
 from insightv.models import LoadedModel
 from insightv.pictures import Pictures
 

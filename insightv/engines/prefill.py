@@ -66,6 +66,14 @@ class Positions:
         """Goes on with these rows only."""
         self._next = self._next[rows]
 
+    def replace(self, rows: torch.Tensor, more: Positions) -> None:
+        """Goes on with the rows of another one in the place of these."""
+        self._next[rows] = more._next
+
+    def join(self, more: Positions) -> None:
+        """Goes on with the rows of another one, too."""
+        self._next = torch.cat([self._next, more._next])
+
     def following(self, mask: torch.Tensor) -> torch.Tensor:
         """Positions of the next tokens, those under ``mask``.
 

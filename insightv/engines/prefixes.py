@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from insightv import chats
+from insightv.engines.states import RoomyLayer, roomy
 
 _BLOCK = 4
 """Spans are found by the hashes of their first 4, 8, 12, … tokens."""
@@ -177,7 +178,7 @@ def resumed(begun: Sequence[Begun], more: int) -> tuple[DynamicCache, torch.Tens
     width = max(length for _, length in begun)
     first = begun[0][0].states
     layers, pair, heads, _, size = first.shape
-    shape = (pair, len(begun), heads, _roomy(width + more), size)
+    shape = (pair, len(begun), heads, roomy(width + more), size)
     rooms = [first.new_zeros(shape) for _ in range(layers)]
     mask = torch.zeros(len(begun), width, dtype=torch.long)
     for row, (span, length) in enumerate(begun):
@@ -189,54 +190,6 @@ def resumed(begun: Sequence[Begun], more: int) -> tuple[DynamicCache, torch.Tens
     cache = DynamicCache()
     cache.layers = [RoomyLayer(keys, values, width) for keys, values in rooms]
     return cache, mask.to(first.device)
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room behind them: a step writes its own instead of copying all."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
-        """Takes over keys and values, shape (rows, heads, tokens, size), so many of them filled."""
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self._rooms = [keys, values]
-        self.keys: torch.Tensor = keys[..., :length, :]
-        self.values: torch.Tensor = values[..., :length, :]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds new tokens' keys and values, shape (rows, heads, new, size); returns all so far."""
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if not self._rooms or end > self._rooms[0].shape[-2]:
-            self._rooms = [_enlarged(held, _roomy(end)) for held in (self.keys, self.values)]
-        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[..., start:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Goes on with these rows only."""
-        super().batch_select_indices(indices)
-        self._rooms = []
-
-
-def _roomy(length: int) -> int:
-    """How much is set aside for so many tokens."""
-    return length + max(64, length // 4)
-
-
-def _enlarged(held: torch.Tensor, size: int) -> torch.Tensor:
-    room = held.new_empty((*held.shape[:-2], size, held.shape[-1]))
-    room[..., : held.shape[-2], :] = held
-    return room
-
-
-def give_room(cache: Any) -> None:
-    """Gives room to the layers that keep everything; those of other kinds stay as they are."""
-    for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            cache.layers[place] = RoomyLayer(layer.keys, layer.values, layer.keys.shape[-2])
 
 
 def _keys(pictures: Pictures, ids: list[int]) -> list[_Key]:

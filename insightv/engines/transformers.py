@@ -18,8 +18,8 @@ from insightv import chats, models
 from insightv.engines.base import Completion, Request
 from insightv.engines.caching import Cache
 from insightv.engines.config import EngineConfig
-from insightv.engines.decoding import decode, decode_rows
-from insightv.engines.prefixes import Prefixes
+from insightv.engines.decoding import Call, Decoder
+from insightv.engines.rows import decode
 from insightv.pictures import Pictures
 
 _TICK = 0.003
@@ -37,13 +37,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Job:
-    """A request on its way: encoded, with its token limit and the future of its reply."""
+class _Job(Call):
+    """A request on its way: when it came, and the future of its reply."""
 
     number: int
-    request: Request
-    encoding: chats.Encoding
-    limit: int
     reply: asyncio.Future[Completion]
 
     @property
@@ -67,7 +64,7 @@ class TransformersEngine:
         config.validate()
         loaded = models.load(model_folder, config.device, config.dtype)
         self.digest = loaded.digest
-        # One batch runs while the next one gathers.
+        # As many run as wait to take the places of those that are done.
         self.concurrency = 2 * config.batch_size
         self.context = config.context or models.longest_input(loaded.model)
         self._model: Any = loaded.model
@@ -78,11 +75,12 @@ class TransformersEngine:
         self._rows = config.batch_size
         self._budget = config.batch_tokens
         self._pictures = pictures
-        self._prefixes = Prefixes(loaded.model)
+        self._decoder: Decoder[_Job] = Decoder(loaded.model, loaded.tokenizer, self._ends)
         self._cache = Cache(
             self._encode_picture, lambda encoded: encoded.bytes, config.cache_mb * 2**20
         )
         self._pending: list[_Job] = []
+        self._running: list[_Job] = []
         self._preparing = 0
         self._asked = 0
         self._runner: asyncio.Task[None] | None = None
@@ -105,7 +103,7 @@ class TransformersEngine:
         if room < 1:
             raise RecordError(f"prompt of {len(encoding.ids)} tokens, context of {self.context}")
         limit = min(request.sampling.max_tokens, room)
-        job = _Job(number, request, encoding, limit, loop.create_future())
+        job = _Job(request, encoding, limit, number, loop.create_future())
         self._pending.append(job)
         if self._runner is None or self._runner.done():
             self._runner = loop.create_task(self._run())
@@ -116,16 +114,16 @@ class TransformersEngine:
         return len(self._encode(request).ids)
 
     async def close(self) -> None:
-        """Lets a running batch end, refuses what waits, frees the model."""
+        """Lets the model's turn end, refuses what waits, frees the model."""
         if self._runner is not None:
             self._runner.cancel()
-        for job in self._pending:
+        for job in self._pending + self._running:
             job.reply.cancel()
         self._pending.clear()
         await asyncio.to_thread(self._worker.shutdown)
         await asyncio.to_thread(self._encoders.shutdown)
         self._model = None
-        self._prefixes.clear()
+        del self._decoder
         _free()
 
     def _encode(self, request: Request) -> chats.Encoding:
@@ -136,24 +134,27 @@ class TransformersEngine:
         return chats.encode_picture(self._processor, self._pictures.image(picture))
 
     async def _run(self) -> None:
-        """Runs batches until nothing waits and nobody comes back."""
+        """Runs what waits until nothing does and nobody comes back."""
         loop = asyncio.get_running_loop()
         while True:
             await self._gather()
-            batch = self._take()
-            if not batch:
-                self._prefixes.clear()  # others may need the memory
+            jobs = self._take()
+            self._running += jobs
+            if not self._running:
+                self._decoder.clear()  # others may need the memory
                 return
             try:
-                replies = await loop.run_in_executor(self._worker, self._serve, batch)
+                replies = await loop.run_in_executor(self._worker, self._advance, jobs)
             except BaseException as error:
-                for job in batch:
+                for job in self._running:
                     if not job.reply.done():
                         job.reply.set_exception(error)
+                self._running = []
                 if not isinstance(error, Exception):
                     raise
                 continue
-            for job, reply in zip(batch, replies, strict=True):
+            for job, reply in replies:
+                self._running.remove(job)
                 if job.reply.done():  # its caller gave up
                     continue
                 if isinstance(reply, RecordError):
@@ -176,68 +177,53 @@ class TransformersEngine:
                 return
 
     def _take(self) -> list[_Job]:
-        """The oldest request and those nearest to it in length, within rows and tokens."""
+        """The oldest request and those nearest to it in length, where rows and tokens are free."""
         self._pending = [job for job in self._pending if not job.reply.done()]
         self._pending.sort(key=lambda job: job.number)
-        if not self._pending:
+        if not self._pending or not self._decoder.open:
             return []
         oldest = self._pending[0]
 
         def distance(job: _Job) -> int:
             return abs(job.prompt - oldest.prompt) + abs(job.limit - oldest.limit)
 
-        batch: list[_Job] = []
-        prompt = limit = 0
+        count, taken = len(self._running), []
+        prompt, limit = _lengths(self._running)
         for job in [oldest, *sorted(self._pending[1:], key=distance)]:
             prompt, limit = max(prompt, job.prompt), max(limit, job.limit)
-            too_long = batch and (len(batch) + 1) * (prompt + limit) > self._budget
-            if too_long or len(batch) == self._rows:
+            too_long = count and (count + 1) * (prompt + limit) > self._budget
+            if too_long or count == self._rows:
                 break
-            batch.append(job)
-        taken = set(batch)
-        self._pending = [job for job in self._pending if job not in taken]
-        return batch
+            taken.append(job)
+            count += 1
+        gone = set(taken)
+        self._pending = [job for job in self._pending if job not in gone]
+        return taken
 
-    def _serve(self, batch: list[_Job]) -> list[Completion | RecordError]:
-        """Runs a batch; without the memory for it, its halves, and smaller ones from then on."""
+    def _advance(self, jobs: list[_Job]) -> list[tuple[_Job, Completion | RecordError]]:
+        """The model's turn: until some rows are done."""
+        running = self._running
+        longest = sum(_lengths(running))
+        room = min(self._budget - len(running) * longest, _REMEMBERED * self._rows * longest)
+        self._decoder.prefixes.limit(room)
         try:
-            return list(self._generate(batch))
+            with torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._autocast):
+                ended = self._decoder.run(jobs)
+            return [(job, self._completion(job, ids)) for job, ids in ended]
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
+                self._decoder.clear()
                 raise
-        self._prefixes.clear()
-        _free()  # outside the handler, whose traceback would keep the tensors alive
-        longest = _longest(batch)
-        if len(batch) == 1:
-            return [RecordError(f"out of memory with one row of {longest} tokens")]
-        self._budget = max(1, min(self._budget, len(batch) * longest // 2))
+        # Outside the handler, whose traceback would keep the tensors alive.
+        self._decoder.clear()
+        _free()
+        if len(running) == 1:
+            return [(running[0], RecordError(f"out of memory with one row of {longest} tokens"))]
+        self._budget = max(1, min(self._budget, len(running) * longest // 2))
         log.warning("out of memory; batches of %d tokens from now on", self._budget)
-        half = len(batch) // 2
-        return self._serve(batch[:half]) + self._serve(batch[half:])
-
-    def _generate(self, batch: list[_Job]) -> list[Completion]:
-        """One batch through the model; prompts that are the same are read once."""
-        model = self._model
-        longest = _longest(batch)
-        room = min(self._budget - len(batch) * longest, _REMEMBERED * self._rows * longest)
-        self._prefixes.limit(room)
-        prompts: dict[tuple[tuple[int, ...], tuple[str, ...]], chats.Encoding] = {}
-        keys = [(tuple(job.encoding.ids), job.request.pictures) for job in batch]
-        for key, job in zip(keys, batch, strict=True):
-            prompts.setdefault(key, job.encoding)
-        places = {key: place for place, key in enumerate(prompts)}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self._autocast):
-            tokens = decode_rows(
-                model,
-                list(prompts.values()),
-                [places[key] for key in keys],
-                [job.request for job in batch],
-                [job.limit for job in batch],
-                self._tokenizer,
-                self._ends,
-                self._prefixes,
-            )
-        return [self._completion(job, ids) for job, ids in zip(batch, tokens, strict=True)]
+        self._pending += running  # all begin again
+        self._running = []
+        return []
 
     def _completion(self, job: _Job, ids: list[int]) -> Completion:
         """The text of a row's new tokens, cut before its first stop string."""
@@ -253,9 +239,9 @@ class TransformersEngine:
         return Completion(text, len(ids), "stop" if ended or found else "length")
 
 
-def _longest(batch: list[_Job]) -> int:
-    """Tokens of a row, padding included."""
-    return max(job.prompt for job in batch) + max(job.limit for job in batch)
+def _lengths(jobs: list[_Job]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest reply there may be."""
+    return max((job.prompt for job in jobs), default=0), max((job.limit for job in jobs), default=0)
 
 
 def _ends(loaded: models.LoadedModel) -> list[int]:

@@ -10,9 +10,9 @@ from families import FAMILIES, picture, save_family
 from hpc.errors import RecordError, UserError
 from insightv import chats, models
 from insightv.agents import MultiAgent, ReasoningAgent, SummaryAgent
-from insightv.engines import EngineConfig, Request, Sampling, load_engine
-from insightv.engines import transformers as engines
-from insightv.engines.decoding import RowSampler, RowStopper
+from insightv.engines import EngineConfig, Request, Sampling, decoding, load_engine
+from insightv.engines.decoding import Decoder
+from insightv.engines.rows import RowSampler, RowStopper
 from insightv.pictures import Pictures, PictureWriter
 from insightv.prompting import load_prompts
 from insightv.records import Message, Question
@@ -172,7 +172,7 @@ def test_what_was_written_is_gone_on_with_as_if_read_anew(family, make, pictures
         widths.clear()
         replies = complete(engine, *calls)
         assert replies == [complete(anew, call)[0] for call in calls]
-        assert not anew._prefixes.tokens
+        assert not anew._decoder.prefixes.tokens
         calls = [
             Request(
                 (*call.messages[:1], Message("assistant", f"{_written(call)}{reply.text}A")),
@@ -189,35 +189,35 @@ def _written(call):
 
 def test_nothing_is_remembered_when_nobody_comes_back(make, pictures, monkeypatch):
     room = []
-    real = engines.decode_rows
+    real = Decoder.run
 
-    def watched(*rest):
-        found = real(*rest)
-        room.append((rest[-1].tokens, rest[-1]._room))
+    def watched(decoder, calls):
+        found = real(decoder, calls)
+        room.append((decoder.prefixes.tokens, decoder.prefixes._room))
         return found
 
-    monkeypatch.setattr(engines, "decode_rows", watched)
+    monkeypatch.setattr(Decoder, "run", watched)
     engine = make(batch_size=3, batch_tokens=2000)
 
     async def call_and_wait():
         await asyncio.gather(*(engine.complete(request(pictures, number=n)) for n in range(4)))
-        held = engine._prefixes.tokens
+        held = engine._decoder.prefixes.tokens
         await asyncio.sleep(0.5)
         return held
 
     held = asyncio.run(call_and_wait())
-    assert held == room[-1][0] > 0 and not engine._prefixes.tokens
+    assert held == room[-1][0] > 0 and not engine._decoder.prefixes.tokens
     longest = engine.count(request(pictures, number=3)) + 12
     assert all(tokens <= most <= min(2000, 2 * 3 * longest) for tokens, most in room)
 
 
 def test_batches_are_the_same_however_long_requests_take(make, pictures, monkeypatch):
     batches = []
-    real = engines.decode_rows
+    real = Decoder.run
 
-    def watched(model, prompts, owners, requests, *rest):
-        batches.append([call.seed for call in requests])
-        return real(model, prompts, owners, requests, *rest)
+    def watched(decoder, calls):
+        batches.append([call.request.seed for call in calls])
+        return real(decoder, calls)
 
     async def path(engine, number):
         for step in range(3):
@@ -237,7 +237,7 @@ def test_batches_are_the_same_however_long_requests_take(make, pictures, monkeyp
         asyncio.run(paths(engine))
         return list(batches)
 
-    monkeypatch.setattr(engines, "decode_rows", watched)
+    monkeypatch.setattr(Decoder, "run", watched)
     first = run(random.Random(0))
     assert sum(map(len, first)) == 21 and run(random.Random(1)) == first
 
@@ -277,41 +277,97 @@ def test_what_cannot_be_served_fails_alone(make, pictures):
     assert engine.count(rows[3]) > 200
 
 
-def test_batches_fill_and_respect_rows_and_tokens(make, pictures, monkeypatch):
-    sizes = []
-    real = engines.decode_rows
+@pytest.fixture
+def turns(monkeypatch):
+    """Of each turn of a model: how many rows were under way, how many came, and how many prompts
+    of those were read."""
+    found = []
+    run, read = Decoder.run, decoding.read_prompts
 
-    def watched(model, prompts, owners, *rest):
-        sizes.append((len(owners), len(prompts)))
-        return real(model, prompts, owners, *rest)
+    def watched(decoder, calls):
+        going = int((~decoder._batch.stopper.ended()).sum()) if decoder._batch else 0
+        found.append([going, len(calls), 0])
+        return run(decoder, calls)
 
-    monkeypatch.setattr(engines, "decode_rows", watched)
+    def watched_read(model, prompts, *rest):
+        found[-1][2] = len(prompts)
+        return read(model, prompts, *rest)
+
+    monkeypatch.setattr(Decoder, "run", watched)
+    monkeypatch.setattr(decoding, "read_prompts", watched_read)
+    return found
+
+
+def test_batches_fill_and_respect_rows_and_tokens(make, pictures, turns):
     engine = make(batch_size=4)
     assert engine.concurrency == 8
-    assert (
-        len(complete(engine, *(request(pictures, seed=n, temperature=1.0) for n in range(9)))) == 9
-    )
-    assert [rows for rows, _ in sizes] == [4, 4, 1]
-    assert {prompts for _, prompts in sizes} == {1}  # read once for all rows
-    sizes.clear()
+    limits = [40, 3, 40, 5, 20, 1, 30, 2, 10]
+    asked = [
+        request(pictures, seed=n, temperature=1.0, max_tokens=limit)
+        for n, limit in enumerate(limits)
+    ]
+    replies = complete(engine, *asked)
+    assert all(reply.tokens <= limit for reply, limit in zip(replies, limits, strict=True))
+    assert sum(new for _, new, _ in turns) == 9 and turns[0] == [0, 4, 1]
+    assert max(going + new for going, new, _ in turns) == 4
+    assert any(going and new for going, new, _ in turns)  # who is done makes place for another
+    assert {read for _, new, read in turns if new} == {1}  # once for all rows
+    turns.clear()
     length = engine.count(request(pictures)) + 12
     complete(make(batch_tokens=2 * length), *(request(pictures) for _ in range(5)))
-    assert [rows for rows, _ in sizes] == [2, 2, 1]
+    assert max(going + new for going, new, _ in turns) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_come_and_go_without_a_trace(family, make, pictures, turns):
+    """Rows of many lengths, drawn in many ways: each is the one it is alone."""
+    asked = [
+        request(
+            pictures,
+            "Why? " * (1 + n % 5),
+            None if n % 7 == 3 else n % 3,
+            n,
+            ("e",) if n % 4 == 1 else (),
+            max_tokens=2 + 11 * n % 29,
+            temperature=n % 3 / 2,
+            repetition_penalty=1.0 + (n % 5 == 2) / 2,
+        )
+        for n in range(14)
+    ]
+    alone = make(family, batch_size=1)
+    expected = [complete(alone, each)[0] for each in asked]
+    turns.clear()
+    assert complete(make(family, batch_size=5), *asked) == expected
+    assert any(going and new for going, new, _ in turns)
+
+
+def test_a_model_that_forgets_takes_nobody_in(make, pictures, turns, monkeypatch):
+    """Rows of layers with a window cannot be joined: a batch runs to its end."""
+    asked = [request(pictures, seed=n, temperature=1.0, max_tokens=3 + 5 * n) for n in range(6)]
+    expected = complete(make(), *asked)
+    monkeypatch.setattr(decoding.states, "keeps_all", lambda cache: False)
+    engine = make(batch_size=4)
+    turns.clear()
+    assert complete(engine, *asked) == expected
+    assert not any(going and new for going, new, _ in turns)
 
 
 def test_without_memory_batches_are_halved(make, pictures, monkeypatch):
-    real, sizes = engines.decode_rows, []
+    real, sizes = Decoder.run, []
 
-    def short(model, prompts, owners, *rest):
-        sizes.append(len(owners))
-        if len(owners) > 2 or "word " * 9 in engine._tokenizer.decode(prompts[0].ids):
+    def short(decoder, calls):
+        found = real(decoder, calls)
+        going = len(found) + (len(decoder._batch.calls) if decoder._batch else 0)
+        sizes.append(going)
+        long = any("word " * 9 in engine._tokenizer.decode(call.encoding.ids) for call in calls)
+        if going > 2 or long:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, prompts, owners, *rest)
+        return found
 
     engine = make()
     rows = [request(pictures, seed=n, temperature=1.0) for n in range(7)]
     expected = complete(engine, *rows)
-    monkeypatch.setattr(engines, "decode_rows", short)
+    monkeypatch.setattr(Decoder, "run", short)
     assert complete(engine, *rows) == expected
     assert sizes[0] == 7 and max(sizes[-1:]) <= 2
     sizes.clear()
@@ -325,7 +381,7 @@ def test_a_fault_of_the_model_is_no_record_error(make, pictures, monkeypatch):
         raise ValueError("a bug")
 
     engine = make()
-    monkeypatch.setattr(engines, "decode_rows", broken)
+    monkeypatch.setattr(Decoder, "run", broken)
     found = complete(engine, request(pictures), request(pictures))
     assert [type(error) for error in found] == [ValueError] * 2
     monkeypatch.undo()
@@ -333,13 +389,13 @@ def test_a_fault_of_the_model_is_no_record_error(make, pictures, monkeypatch):
 
 
 def test_the_event_loop_lives_and_callers_may_leave(make, pictures, monkeypatch):
-    real = engines.decode_rows
+    real = Decoder.run
 
     def slow(*rest):
         time.sleep(0.3)
         return real(*rest)
 
-    monkeypatch.setattr(engines, "decode_rows", slow)
+    monkeypatch.setattr(Decoder, "run", slow)
     engine = make(batch_size=2)
 
     async def watch():
@@ -441,8 +497,8 @@ def test_stops_are_found_across_tokens_and_characters(folders):
     ids = tokenizer.encode("xab→b c d", add_special_tokens=False)
     stopper = RowStopper(requests, [50] * 5, tokenizer, [], torch.device("cpu"))
     for token in ids:
-        done = stopper(torch.full((5,), token))
-    assert done.tolist() == [True, True, True, False, True]
-    texts = [tokenizer.decode(row) for row in stopper.tokens()]
+        stopper(torch.full((5,), token))
+    assert stopper.ended().tolist() == [True, True, True, False, True]
+    texts = [tokenizer.decode(stopper.reply(row)) for row in range(5)]
     assert texts[0] == texts[1] == "xab→" and texts[2].startswith("xab→b c")
     assert texts[4].startswith("xab→b ")

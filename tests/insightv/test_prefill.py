@@ -77,7 +77,7 @@ def test_paths_of_a_question_are_read_together(family, tmp_path):
 
     async def both():
         alone = [await engine.complete(request) for request in asked]
-        engine._prefixes.clear()
+        engine._decoder.prefixes.clear()
         seen.clear()
         together = await asyncio.gather(*map(engine.complete, asked))
         once = len(seen)
