@@ -8,6 +8,7 @@ by INSIGHTV_LLAMACPP_PYTHON.
 import asyncio
 import json
 import os
+import runpy
 import struct
 import subprocess
 import sys
@@ -248,6 +249,19 @@ def test_control_tokens_without_a_role_are_broken_up_too():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|eot_id|>")
     assert header not in tokenizer.all_special_tokens
     assert chats.plain(tokenizer, f"a{header}{think}") == f"a< |start_header_id|>{think}"
+
+
+def test_labelled_pairs_that_the_rules_leave_open_are_put_before_a_judge(tmp_path):
+    tool = runpy.run_path(str(SMOKE.parents[2] / "benchmarks" / "judging.py"))
+    pairs = tool["judge"](tool["FRESH"])[:20]
+    chain = [f"models.judge.path={gguf(tmp_path / 'm.gguf', **{'llama.context_length': 5000})}"]
+    with FakeServer(lambda body, n: completion("yes"), [LISTED]) as server:
+        chain += [f"models.judge.engine={{kind: server, server: {{url: ['{server.url}']}}}}"]
+        both = asyncio.run(tool["ask"](pairs, SMOKE, chain))
+    left = [row.decision.correct is None for row in pairs]
+    assert 0 < sum(left) < 20 and [row.decision.rule == "llm" for row in both] == left
+    assert all(row.decision.correct for row in both if row.decision.rule == "llm")
+    assert tool["measures"](both)["left"]["value"] == 0
 
 
 # ---- the real one
