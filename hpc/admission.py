@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc import gates, site, slurm
-from hpc.cluster import Profile, Resources
+from hpc.cluster import KINDS, Profile, Resources
 from hpc.errors import UserError
 from hpc.facts import Facts
 from hpc.planning import Planned
@@ -77,7 +77,7 @@ def admit(
 
 def _kinds(planned: Sequence[Planned], profile: Profile, facts: Facts) -> Iterator[str]:
     """What is wrong with the kinds of job that the chain has."""
-    named = {id(resources): name for name, resources in profile.named().items()}
+    named = {id(getattr(profile, name)): name for name in KINDS}
     # No more workers than there are: a small chain may fit where the profile would not.
     asked: dict[str, Resources] = {}
     for item in planned:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc.config import load
-from hpc.container import Container
+from hpc.container import Container, Pin
 from hpc.errors import UserError
 from hpc.stages import Stage
+
+if TYPE_CHECKING:
+    from hpc.rundir import Chain
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@&|*!+-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -65,6 +70,8 @@ class Resources:
         tasks: Tasks a node of a distributed job, mostly as many as GPUs.
         gpu_memory: GB of one GPU's memory, as in its name (80 for an A100-80GB); 0: not known,
             and no stage is held against it. Slurm is not asked for it.
+        image: The SIF that its payloads run in; all else is as in the profile's ``container``.
+            Empty: that of ``container``.
     """
 
     partition: str = ""
@@ -81,6 +88,7 @@ class Resources:
     nodes: int = 1
     tasks: int = 1
     gpu_memory: float = 0.0
+    image: str = ""
 
     def validate(self, where: str) -> None:
         """Checks the values.
@@ -96,11 +104,38 @@ class Resources:
             _check_number(f"{where}.{name}", getattr(self, name), 0)
         if self.memory and not _MEMORY.fullmatch(self.memory):
             raise UserError(f"{where}.memory is {self.memory!r}; give a size and its unit: 16G")
+        Container(self.image).validate(where)
         if self.grace + _EARLY >= 60 * self.minutes:
             raise UserError(
                 f"{where}.grace is {self.grace} s, too long for {self.minutes} min: Slurm may tell "
                 "a job a minute early to leave, and no time would be left to work"
             )
+
+
+@dataclass
+class Override:
+    """What some stages ask for otherwise than their kind: fields of `Resources`; null: alike."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus: int | None = None
+    cores: int | None = None
+    memory: str | None = None
+    minutes: int | None = None
+    grace: int | None = None
+    workers: int | None = None
+    parallel: int | None = None
+    nodes: int | None = None
+    tasks: int | None = None
+    gpu_memory: float | None = None
+    image: str | None = None
+
+    def over(self, resources: Resources) -> Resources:
+        """What ``resources`` become by it."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(resources, **given)
 
 
 @dataclass
@@ -156,8 +191,11 @@ class Profile:
         gpu: Workers of map stages with a model.
         training: Trainings.
         gate: Gates and the preflight.
-        stages: Single stages by name, in place of their kind.
-        container: The image that every payload runs in; none by default.
+        stages: What stages ask for otherwise than their kind, by name or pattern
+            (``"*-generate"``). Of several that match, the later one prevails.
+        container: The image that payloads run in, where their kind or stage names no ``image``;
+            none by default.
+        pins: Digest and time of each such ``image``; filled in at submission.
         program: The command of the payload, where it is neither this very installation nor in an
             image.
         setup: Lines of bash before the payload (modules, ``ulimit``).
@@ -191,8 +229,9 @@ class Profile:
     gpu: Resources = field(default_factory=lambda: Resources(gpus=1, cores=4))
     training: Resources = field(default_factory=lambda: Resources(gpus=1, cores=4))
     gate: Gate = field(default_factory=Gate)
-    stages: dict[str, Resources] = field(default_factory=dict)
+    stages: dict[str, Override] = field(default_factory=dict)
     container: Container = field(default_factory=Container)
+    pins: dict[str, Pin] = field(default_factory=dict)
     program: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)
     environment: str = ""
@@ -217,8 +256,11 @@ class Profile:
             _check_word(name, getattr(self, name))
         for name in KINDS:
             getattr(self, name).validate(name)
-        for name, resources in self.stages.items():
-            resources.validate(f"stages.{name}")
+        for name, override in self.stages.items():
+            # How its minutes and grace go with those of its kind is known with a chain.
+            override.over(Resources(minutes=_MOST, grace=0)).validate(f"stages.{name}")
+        if self.gate.image:
+            raise UserError("gate.image: gates run in the image of `container`; name it there")
         for name, number, least in (
             ("gate.retries", self.gate.retries, 0),
             ("requeues", self.requeues, 0),
@@ -247,9 +289,22 @@ class Profile:
                     "put it into the `environment` file"
                 )
 
+    def sections(self) -> list[Resources | Override]:
+        """All that says what the jobs of stages ask for."""
+        return [self.cpu, self.gpu, self.training, *self.stages.values()]
+
     def named(self) -> dict[str, Resources]:
-        """Every kind of stage, and every stage of its own, with what it asks for."""
-        return {name: getattr(self, name) for name in KINDS} | dict(self.stages)
+        """Every kind of stage, and every entry of `stages`, with what it asks for.
+
+        The kind of an entry's stages is known with a chain only: one that names nodes or tasks is
+        taken for a training, one with ``gpus: 0`` for a reduction, any other for a worker.
+        """
+        found: dict[str, Resources] = {name: getattr(self, name) for name in KINDS}
+        for name, entry in self.stages.items():
+            single = entry.nodes is not None or entry.tasks is not None
+            kind = self.training if single else self.cpu if entry.gpus == 0 else self.gpu
+            found[name] = entry.over(kind)
+        return found
 
     def word(self, resources: Resources, name: str) -> str:
         """Partition, account, qos or constraint of some jobs: their own, else the profile's."""
@@ -257,12 +312,36 @@ class Profile:
         return found
 
     def of_stage(self, stage: Stage) -> Resources:
-        """What a stage's jobs ask for."""
-        if stage.name in self.stages:
-            return self.stages[stage.name]
-        if stage.resources == "cpu":
-            return self.cpu
-        return self.gpu if stage.kind == "map" else self.training
+        """What a stage's jobs ask for.
+
+        Raises:
+            UserError: What `stages` says of it does not go with its kind.
+        """
+        worker = self.gpu if stage.kind == "map" else self.training
+        asked = kind = self.cpu if stage.resources == "cpu" else worker
+        for pattern, entry in self.stages.items():
+            if fnmatchcase(stage.name, pattern):
+                asked = entry.over(asked)
+        if asked is not kind:
+            asked.validate(f"stages.{stage.name}")
+        return asked
+
+    def container_of(self, resources: Resources) -> Container:
+        """What the payloads of some jobs run in: the one answer to "which image?"."""
+        if not resources.image:
+            return self.container
+        pin = self.pins.get(resources.image, Pin())
+        return replace(self.container, image=resources.image, sha256=pin.sha256, stamp=pin.stamp)
+
+    def place(self, chain: Chain) -> None:
+        """Tells a chain in which images its stages run; they are pinned."""
+        chain.image = self.container.identity
+        asked = {name: self.of_stage(stage) for name, stage in chain.stages.items()}
+        chain.images = {
+            name: told
+            for name, resources in asked.items()
+            if resources.image and (told := self.container_of(resources).identity)
+        }
 
 
 def read_profile(path: Path, overrides: Sequence[str] = ()) -> Profile:

@@ -59,6 +59,14 @@ PASSED = [
 
 
 @dataclass
+class Pin:
+    """The image that is meant: its digest, and its size and time when that was taken."""
+
+    sha256: str = ""
+    stamp: str = ""
+
+
+@dataclass
 class Container:
     """The image that payloads run in. Mostly ``image`` is all there is to write.
 
@@ -113,6 +121,11 @@ class Container:
             if not _PATTERN.fullmatch(name):
                 raise UserError(f"{where}.passed: {name!r} is no variable's name or beginning")
 
+    @property
+    def identity(self) -> dict[str, str] | None:
+        """Path and digest of a pinned image; None where there is none."""
+        return {"path": self.image, "sha256": self.sha256} if self.image else None
+
     def inside(self, command: Sequence[str]) -> list[str]:
         """The payload's command inside, for a chain whose own is ``command``."""
         return self.program or list(command[-1:])
@@ -143,7 +156,7 @@ def identify(path: Path) -> tuple[str, str]:
     except OSError as error:
         raise UserError(
             f"{path}: no image to be read ({error.strerror}); build it with `insightv image "
-            "build`, or mend container.image"
+            "build`, or name another in the profile"
         ) from None
 
 
@@ -196,7 +209,7 @@ def pin(container: Container, known: Container | None = None) -> Container:
     found, mark = (known.sha256, known.stamp) if same and known is not None else identify(path)
     if container.sha256 and container.sha256 != found:
         raise UserError(
-            f"{path}: has the digest {found}, container.sha256 says {container.sha256}; "
+            f"{path}: has the digest {found}, the profile says {container.sha256}; "
             "it is another image or a broken copy"
         )
     return replace(container, image=str(path), sha256=found, stamp=mark)

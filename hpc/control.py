@@ -52,7 +52,7 @@ def payload(chain: Chain, words: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         if command != "work":
-            return _stop(chain, f"{command} {' '.join(rest[:1])}: {error}")
+            return _stop(chain, f"{' '.join([command, *rest[:1]])}: {error}")
         return 2
     raise UserError(f"{command}: no such payload; use work, gate or preflight")
 
@@ -79,6 +79,7 @@ def gate(chain: Chain, name: str, attempt: int, first: int) -> int:
         if not gates.fresh(chain, parent):
             return _stop(chain, f"stage {name}: {parent} before it is not complete")
     profile = read_profile(run.path / "cluster.yaml")
+    profile.place(chain)
     if not gates.fresh(chain, name):
         code = gates.check(chain, name)
         if code == gates.RETRY:
@@ -108,6 +109,8 @@ def gate(chain: Chain, name: str, attempt: int, first: int) -> int:
 def preflight(chain: Chain, names: list[str]) -> int:
     """Tries what every job needs, on a node, and prepares the first stages.
 
+    It runs once in each of the images that stages run in; the first time prepares.
+
     Returns:
         0, or 77 with the reason in the run directory.
 
@@ -125,6 +128,8 @@ def preflight(chain: Chain, names: list[str]) -> int:
     if image() is not None and (found := shadowed()):
         said = f"the image's packages are shadowed by {', '.join(found[:3])}"
         return _stop(chain, f"preflight: {said}; bind no folder with packages")
+    if (kept := chain.run.path / "cluster.yaml").exists():
+        read_profile(kept).place(chain)
     refuse_unimportable(chain)
     for name in names:
         if not gates.fresh(chain, name):

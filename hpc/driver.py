@@ -128,7 +128,7 @@ def drive(
             if not remake:
                 gates.refuse_changes(chain)
             if not other_image:
-                chain.run.refuse_other_image(chain.image or image())
+                chain.run.refuse_other_image(chain.image or image(), chain.images)
             driver = _Driver(chain, executor, observer or Quiet(), slots or cores(), retries)
             with driver.signals():
                 driver.run()
@@ -172,7 +172,7 @@ class _Driver:
                 self.done.add(name)
                 self.observer.kept(stage)
         if len(self.done) < len(self.chain.stages):
-            self.chain.run.add_provenance(self.chain.packages, self.chain.image)
+            self.chain.run.add_provenance(self.chain.packages, self.chain.image, self.chain.images)
         try:
             while len(self.done) < len(self.chain.stages):
                 self._check_markers()

@@ -313,7 +313,7 @@ def _head(chain: Chain, stage: Stage) -> dict[str, Any]:
         "made": uuid.uuid4().hex,
         "parents": chain.made(stage.name),
         "config": shaping(stage.config),
-        "image": (chain.image or image() or {}).get("sha256"),
+        "image": (chain.image_of(stage.name) or image() or {}).get("sha256"),
         "started": begun.get("started", now),
         "finished": now,
         "seconds": round(begun.get("spent", 0.0) + now - begun.get("since", now), 3),

@@ -6,16 +6,19 @@ which stands where the payloads will.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hpc import gates
 from hpc.cluster import Profile
 from hpc.contents import contents
 from hpc.errors import UserError
+from hpc.provenance import image
 from hpc.rundir import Chain
-from hpc.stages import Package
+from hpc.stages import Package, Stage
 
 
 def refuse_absent(chain: Chain, profile: Profile | None = None) -> None:
@@ -26,7 +29,7 @@ def refuse_absent(chain: Chain, profile: Profile | None = None) -> None:
     own imports is not to be seen from here.
 
     Args:
-        chain: The chain; its image is pinned, where it has one.
+        chain: The chain; its images are pinned, where it has some.
         profile: The cluster; None: here.
 
     Raises:
@@ -34,22 +37,29 @@ def refuse_absent(chain: Chain, profile: Profile | None = None) -> None:
     """
     if profile is not None and (profile.program or profile.container.program):
         return
-    if chain.image is None:
-        _refuse(chain, importable, "here")
-        return
-    path = Path(chain.image["path"])
-    held = contents(path, chain.image["sha256"])
-    if held is not None:
-        _refuse(chain, lambda package: package.name in held, f"in {path}")
+    listed = cache(contents)
+    for stage in _needing(chain):
+        inside = chain.image_of(stage.name)
+        if inside is None:
+            _refuse(stage, absent(stage.needs), "here")
+        elif (held := listed(Path(inside["path"]), inside["sha256"])) is not None:
+            lacking = [package for package in stage.needs if package.name not in held]
+            _refuse(stage, lacking, f"in {inside['path']}")
 
 
 def refuse_unimportable(chain: Chain) -> None:
     """Refuses, where payloads run, a chain that lacks a package.
 
+    Where its stages run in several images, those are looked at that run in this one.
+
     Raises:
         UserError: As `refuse_absent`.
     """
-    _refuse(chain, importable, "where payloads run")
+    here = image()
+    where = f"in {here['path']}" if here else "where payloads run"
+    for stage in _needing(chain):
+        if not chain.images or _digest(chain.image_of(stage.name)) == _digest(here):
+            _refuse(stage, absent(stage.needs), where)
 
 
 def absent(packages: Iterable[Package]) -> list[Package]:
@@ -65,15 +75,20 @@ def importable(package: Package) -> bool:
         return False
 
 
-def _refuse(chain: Chain, there: Callable[[Package], bool], where: str) -> None:
+def _needing(chain: Chain) -> Iterator[Stage]:
+    """The stages yet to be made that import what an installation may lack."""
     standing = gates.standing(chain)
-    for name, stage in chain.stages.items():
-        if standing[name]:
-            continue
-        lacking = [package for package in stage.needs if not there(package)]
-        if lacking:
-            names = ", ".join(package.name for package in lacking)
-            raise UserError(
-                f"stage {name} needs the package {names}, which is not {where}: "
-                f"{lacking[0].install}"
-            )
+    return (stage for name, stage in chain.stages.items() if stage.needs and not standing[name])
+
+
+def _refuse(stage: Stage, lacking: Sequence[Package], where: str) -> None:
+    if lacking:
+        names = ", ".join(package.name for package in lacking)
+        raise UserError(
+            f"stage {stage.name} needs the package {names}, which is not {where}: "
+            f"{lacking[0].install}"
+        )
+
+
+def _digest(image: Mapping[str, Any] | None) -> str | None:
+    return image["sha256"] if image else None

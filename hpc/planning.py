@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from hpc import gates
 from hpc.cluster import Profile, Resources
+from hpc.container import Container
 from hpc.executors.base import Job
 from hpc.executors.batch import Retry, suffix, text
 from hpc.executors.slurm import SlurmExecutor
@@ -62,7 +63,7 @@ def work_job(
     workers = min(asked.workers, left or asked.workers)  # a run's own number is for one machine
     return Job(
         stage=name,
-        command=_command(chain, profile, "work", name),
+        command=_command(chain, profile, profile.container_of(asked), "work", name),
         logs=chain.run.logs(name),
         attempt=attempt,
         count=max(workers, 1) if stage.kind == "map" else 1,
@@ -80,7 +81,7 @@ def gate_job(chain: Chain, profile: Profile, name: str, attempt: int, first: int
     """The job that ends an attempt of a stage."""
     return Job(
         stage=name,
-        command=_command(chain, profile, "gate", name, str(attempt), str(first)),
+        command=_command(chain, profile, profile.container, "gate", name, str(attempt), str(first)),
         logs=chain.run.path / "slurm" / "logs",
         attempt=attempt,
         name=gate_name(chain.run, name, attempt),
@@ -90,13 +91,16 @@ def gate_job(chain: Chain, profile: Profile, name: str, attempt: int, first: int
 
 def preflight_job(chain: Chain, profile: Profile, stages: Sequence[str], attempt: int) -> Job:
     """The first job: can a node work here at all?"""
+    inside = [profile.container_of(profile.of_stage(stage)) for stage in chain.stages.values()]
+    others = {one.image: one for one in inside if one.image != profile.container.image}
     return Job(
         stage=PREFLIGHT,
-        command=_command(chain, profile, "preflight", *stages),
+        command=_command(chain, profile, profile.container, "preflight", *stages),
         logs=chain.run.path / "slurm" / "logs",
         attempt=attempt,
         name=work_name(chain.run, PREFLIGHT, attempt),
         role="preflight",
+        also=tuple((one, _command(chain, profile, one, "preflight")) for one in others.values()),
     )
 
 
@@ -150,12 +154,12 @@ def scripts(
         executor.write(step.job, step.resources, step.retry)
 
 
-def _command(chain: Chain, profile: Profile, *words: str) -> tuple[str, ...]:
+def _command(chain: Chain, profile: Profile, container: Container, *words: str) -> tuple[str, ...]:
     """The payload's command: ``PROGRAM work RUN STAGE`` and its like."""
     command, *rest = words
     program = profile.program or chain.command
-    if profile.container.image:
-        program = profile.container.inside(chain.command)
+    if container.image:
+        program = container.inside(chain.command)
     return (*program, command, str(chain.run.path), *rest)
 
 

@@ -92,7 +92,7 @@ def probe(
 def _text(one: _Probe, profile: Profile, command: Sequence[str], name: str) -> str:
     """The probe's batch script."""
     kind = one.kind
-    program, image = list(profile.program or command), profile.container
+    program, image = list(profile.program or command), profile.container_of(kind.resources)
     if image.image:
         asked = kind.resources.gpus
         words = image.inside(command)

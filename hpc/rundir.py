@@ -184,42 +184,62 @@ class RunDir:
         return [entry for entry in entries if isinstance(entry, dict)]
 
     def add_provenance(
-        self, packages: Sequence[str] = ("hpc",), image: Mapping[str, Any] | None = None
+        self,
+        packages: Sequence[str] = ("hpc",),
+        image: Mapping[str, Any] | None = None,
+        images: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Records what is about to work in this run, unless the last start was the same.
 
         Args:
             packages: Whose code.
             image: What the payloads run in, where this process does not.
+            images: By stage, where that runs in another.
         """
         entry = describe(packages)
         entry["image"] = image or entry["image"]
+        if images:
+            entry["images"] = dict(images)
         entries = (read_json(self.provenance) or {}).get("starts", [])
-        fixed = ("code", "python", "packages", "image")
-        if entries and all(entries[-1].get(name) == entry[name] for name in fixed):
+        fixed = ("code", "python", "packages", "image", "images")
+        if entries and all(entries[-1].get(name) == entry.get(name) for name in fixed):
             return
         write_json(self.provenance, {"starts": [*entries, entry]})
 
     def image(self) -> dict[str, Any] | None:
         """The image of the last start; None where that had none, or there was no start."""
-        starts = (read_json(self.provenance) or {}).get("starts", [])
-        found: dict[str, Any] | None = starts[-1].get("image") if starts else None
+        found: dict[str, Any] | None = self._last_start().get("image")
         return found
 
-    def refuse_other_image(self, image: Mapping[str, Any] | None) -> None:
-        """Refuses to go on in another image than the run's stages were begun in.
+    def _last_start(self) -> dict[str, Any]:
+        starts = (read_json(self.provenance) or {}).get("starts", [])
+        return starts[-1] if starts else {}
+
+    def refuse_other_image(
+        self,
+        image: Mapping[str, Any] | None,
+        images: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Refuses to go on with a stage in another image than it was begun in.
+
+        Args:
+            image: What payloads run in now.
+            images: By stage, where that runs in another.
 
         Raises:
             UserError: It is another, or one of the two is none.
         """
-        if not any((self.path / "stages").glob("*/stage.json")):
-            return
-        before, now = ((one or {}).get("sha256") for one in (self.image(), image))
-        if before != now:
-            raise UserError(
-                f"{self.path}: was begun in {_shown(before)}, this is {_shown(now)}; put the "
-                "former in place, or say --other-image to go on with this one"
-            )
+        known = self._last_start()
+        for begun in sorted((self.path / "stages").glob("*/stage.json")):
+            stage = begun.parent.name
+            first = known.get("images", {}).get(stage, known.get("image"))
+            second = (images or {}).get(stage, image)
+            before, now = ((one or {}).get("sha256") for one in (first, second))
+            if before != now:
+                raise UserError(
+                    f"{self.path}: {stage} was begun in {_shown(before)}, this is {_shown(now)}; "
+                    "put the former in place, or say --other-image to go on with this one"
+                )
 
     def remove(self, stage: str, outputs: Iterable[str] = ()) -> None:
         """Removes a stage's folder and outputs, so that it is made again.
@@ -263,6 +283,7 @@ class Chain:
         packages: Whose code is recorded as the run's.
         reads: Folders outside of the run that payloads read.
         image: Path and digest of the image that payloads run in; None: as this process does.
+        images: By stage, where that runs in another.
 
     Raises:
         UserError: A bad or doubled name, an unknown parent, a circle, a stage without payload.
@@ -274,6 +295,7 @@ class Chain:
     packages: tuple[str, ...]
     reads: tuple[Path, ...]
     image: dict[str, Any] | None
+    images: dict[str, dict[str, Any]]
 
     def __init__(
         self,
@@ -290,6 +312,11 @@ class Chain:
         self.packages = tuple(packages)
         self.reads = tuple(reads)
         self.image = None
+        self.images = {}
+
+    def image_of(self, stage: str) -> dict[str, Any] | None:
+        """Path and digest of the image that a stage runs in; None: as this process does."""
+        return self.images.get(stage, self.image)
 
     def identity(self, stage: str) -> str:
         """The hash of everything in a stage that shapes its result, inputs by name."""

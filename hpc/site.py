@@ -50,17 +50,18 @@ class Kind:
 
 def kinds(profile: Profile) -> list[Kind]:
     """The different ways in which a profile's stages ask for nodes."""
-    found: dict[tuple[str, str, str, str, int], list[str]] = {}
+    found: dict[tuple[str, str, str, str, int, str], list[str]] = {}
     asked = profile.named()
     words = ("partition", "account", "qos", "constraint")
     for name, resources in asked.items():
         where = (profile.word(resources, word) for word in words)
         partition, account, qos, constraint = where
-        key = (partition, account, qos, constraint, resources.gpus)
+        inside = profile.container_of(resources).image
+        key = (partition, account, qos, constraint, resources.gpus, inside)
         found.setdefault(key, []).append(name)
     return [
         Kind(tuple(names), partition, account, qos, constraint, asked[names[0]])
-        for (partition, account, qos, constraint, _), names in found.items()
+        for (partition, account, qos, constraint, *_), names in found.items()
     ]
 
 

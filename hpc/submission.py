@@ -21,8 +21,8 @@ from hpc.accounting import by_stage, spent
 from hpc.admission import admit, fits
 from hpc.cluster import Profile, read_profile
 from hpc.config import dump
-from hpc.container import pin
-from hpc.disk import write_atomic
+from hpc.container import Pin, pin
+from hpc.disk import expanded, write_atomic
 from hpc.errors import UserError
 from hpc.executors.base import Job
 from hpc.executors.slurm import SlurmExecutor
@@ -95,7 +95,7 @@ def submit(
             facts = Facts(profile.submit.patience)
             profile = keep_profile(run, profile, facts)
             make_id(run)
-            run.add_provenance(chain.packages, chain.image)
+            run.add_provenance(chain.packages, chain.image, chain.images)
             if slurm.available():
                 admit(_missing(chain, profile, facts), profile, facts=facts)
         # What is queued may move on; where there is nothing of this run, nobody adds to it.
@@ -138,21 +138,32 @@ def _removed_on_error(run: RunDir) -> Iterator[None]:
 
 
 def pinned(chain: Chain, profile: Profile, other_image: bool = False) -> Profile:
-    """The profile with the digest of its image and all that the chain reads bound into it.
+    """The profile with the digests of the images in use, which see all that the chain reads.
 
     Raises:
-        UserError: The image is not there, or not the one it should be.
+        UserError: An image is not there, or not the one it should be.
     """
     profile, run = copy.deepcopy(profile), chain.run
     kept = profile_path(run)
-    known = read_profile(kept).container if kept.exists() else None
-    if profile.container.image:
-        found = pin(profile.container, known)
-        profile.container = found.seeing(chain.reads)
-        chain.image = {"path": found.image, "sha256": found.sha256}
+    known = read_profile(kept) if kept.exists() else Profile()
+    for section in profile.sections():
+        section.image = _absolute(section.image) if section.image else section.image
+    profile.pins = {_absolute(path): one for path, one in profile.pins.items()}
+    profile.container = pin(profile.container, known.container)
+    asked = [profile.of_stage(stage) for stage in chain.stages.values()]
+    for path, one in {one.image: one for one in asked if one.image}.items():
+        found = pin(profile.container_of(one), known.container_of(one))
+        profile.pins[path] = Pin(found.sha256, found.stamp)
+    profile.place(chain)
+    if chain.image or chain.images:
+        profile.container = profile.container.seeing(chain.reads)
     if not other_image:
-        run.refuse_other_image(chain.image or image())
+        run.refuse_other_image(chain.image or image(), chain.images)
     return profile
+
+
+def _absolute(path: str) -> str:
+    return str(expanded(path).absolute())
 
 
 def keep_profile(run: RunDir, profile: Profile, facts: Facts | None = None) -> Profile:
@@ -185,8 +196,9 @@ def fitted(profile: Profile, facts: Facts | None = None) -> Profile:
         # The largest index is one less than this.
         facts = facts or Facts(profile.submit.patience)
         largest = int(facts.config.get("MaxArraySize", "1001"))
-        for asked in (profile.cpu, profile.gpu, profile.training, *profile.stages.values()):
-            asked.workers = min(asked.workers, max(largest, 1))
+        for section in profile.sections():
+            if section.workers is not None:
+                section.workers = min(section.workers, max(largest, 1))
     return profile
 
 

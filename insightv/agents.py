@@ -80,10 +80,11 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Answer:
-    """A final answer, stripped, and the tokens it took."""
+    """A final answer, stripped, the tokens it took, and why it ended (see `Completion`)."""
 
     text: str
     tokens: int
+    finish: str = "stop"
 
 
 class Answerer(Protocol):
@@ -237,7 +238,7 @@ class _Answering:
     async def _ask(self, question: Question, messages: tuple[Message, ...], seed: int) -> Answer:
         request = Request(messages, question.pictures, self.sampling, seed)
         done = await self.engine.complete(request)
-        return Answer(done.text.strip(), done.tokens)
+        return Answer(done.text.strip(), done.tokens, done.finish)
 
 
 class SummaryAgent(_Answering):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from hpc.container import Container
+
 
 @dataclass(frozen=True)
 class Job:
@@ -29,6 +31,7 @@ class Job:
         tasks: Tasks a node.
         after: What a batch system waits for, as ``afterok:17``.
         avoid: Nodes on which an earlier attempt failed.
+        also: Of a preflight: its command once more in each other image that stages run in.
     """
 
     stage: str
@@ -46,6 +49,7 @@ class Job:
     tasks: int = 1
     after: str = ""
     avoid: tuple[str, ...] = ()
+    also: tuple[tuple[Container, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)

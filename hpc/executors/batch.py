@@ -111,7 +111,7 @@ def text(
     """
     if any(sign in str(run.path) for sign in "%\n\\\"'"):
         raise UserError(f"{run.path}: Slurm cannot log to a folder named so; choose another name")
-    if profile.container.image:
+    if profile.container_of(resources).image or job.also:
         container.check_bindable(run.path)
     executor = SbatchText(run.path / "slurm")
     executor.parameters.update(_directives(run, job, profile, resources, by_hand))
@@ -203,8 +203,11 @@ def _setup(
     else:
         lines += [f"run={shlex.quote(str(run.path))}", f"prefix={prefix(run)}"]
         lines += [f"name={job.name}", f"log={shlex.quote(log)}"]
-    if profile.container.image:
-        lines += container.settings(profile.container, resources.gpus, profile.scratch)
+    inside = profile.container_of(resources)
+    if job.also:
+        lines.append("image=  # several, one after the other: see below")
+    elif inside.image:
+        lines += container.settings(inside, resources.gpus, profile.scratch)
     else:
         lines.append("image=  # none: the payload runs as it is")
     ranks = job.nodes * job.tasks
@@ -227,8 +230,20 @@ def _setup(
             + " ".join(f'"{name} {" ".join(p)}"' for name, p in retry.dependents.items())
             + ")",
         ]
-    words = ('"$run"' if word == str(run.path) else shlex.quote(word) for word in job.command)
-    return [*lines, f"payload=({' '.join(words)})"]
+    payload = _quoted(run, job.command)
+    if job.also:
+        lines.append("each() {")
+        for one, command in ((inside, job.command), *job.also):
+            known = container.settings(one, resources.gpus, profile.scratch) if one.image else []
+            lines += [f"  {line}" for line in known]
+            lines.append(f"  {'contained ' * bool(known)}{_quoted(run, command)} || return")
+        lines.append("}")
+        payload = "each"
+    return [*lines, f"payload=({payload})"]
+
+
+def _quoted(run: RunDir, command: Sequence[str]) -> str:
+    return " ".join('"$run"' if word == str(run.path) else shlex.quote(word) for word in command)
 
 
 def _variables(job: Job, profile: Profile) -> list[tuple[str, str]]:

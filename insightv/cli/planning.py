@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import shlex
 import shutil
 import sys
@@ -86,12 +87,14 @@ def plan(
     if not planned:
         print(f"{assembled.run.path}: complete, nothing to do")
         return
-    console().print(_jobs(assembled, planned))
+    console().print(_jobs(assembled, planned, profile))
     console().print(table(forecast_of(config, assembled, profile)))
     print(_cost(planned, profile))
     for note in (*_idle(assembled, planned), *_together(told)):
         print(note)
-    for name in profile.stages.keys() - assembled.stages.keys():
+    for name in profile.stages:
+        if fnmatch.filter(assembled.stages, name):
+            continue
         near = difflib.get_close_matches(name, assembled.stages, 1, 0.0)[0]
         print(f"note: the profile's stages.{name} is no stage of this chain; did you mean {near}?")
     for role, model in missing(config).items():
@@ -153,7 +156,7 @@ def _prepare(chain: Chain, config: ChainConfig, profile: Profile, remake: bool) 
         keep_profile(run, profile, facts)
         make_id(run)
         write_host(run.path / "slurm")
-        run.add_provenance(chain.packages, chain.image)
+        run.add_provenance(chain.packages, chain.image, chain.images)
 
 
 def _write(
@@ -195,16 +198,19 @@ def _write(
     print(f"{folder}: {len(planned)} scripts and chain.sh, which submits them")
 
 
-def _jobs(chain: Chain, planned: Sequence[Planned]) -> Table:
+def _jobs(chain: Chain, planned: Sequence[Planned], profile: Profile) -> Table:
     """A row for each stage's work; what its gate asks for stands below."""
     from rich.table import Table
 
     first, *_, gate = planned
+    several = bool(first.job.also)
     table = Table(title="jobs", title_justify="left")
     table.add_column("stage")
     table.add_column("waits for", ratio=1)
     for heading in ("processes", "nodes", "GPUs", "cores", "minutes"):
         table.add_column(heading, justify="right")
+    if several:
+        table.add_column("image")
     behind: dict[str, set[str]] = {}
     for item in planned:
         job, asked = item.job, item.resources
@@ -220,6 +226,7 @@ def _jobs(chain: Chain, planned: Sequence[Planned]) -> Table:
             str(_nodes(item) * asked.gpus or ""),
             str(processes * asked.cores),
             str(asked.minutes),
+            *([_image(item, profile)] if several else ()),
         )
     asked = gate.resources
     table.caption = (
@@ -228,6 +235,12 @@ def _jobs(chain: Chain, planned: Sequence[Planned]) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def _image(item: Planned, profile: Profile) -> str:
+    if item.job.also:
+        return "each"
+    return Path(profile.container_of(item.resources).image).name or "none"
 
 
 def _waits(chain: Chain, stage: str, behind: dict[str, set[str]]) -> list[str]:

@@ -73,7 +73,10 @@ def retry(directory: RunArgument, other_image: OtherImageOption = False) -> None
     if on_cluster(chain.run):
         from insightv.cli.cluster import send
 
-        send(chain, read_profile(profile_path(chain.run)), other_image=other_image)
+        profile = read_profile(profile_path(chain.run))
+        if other_image:  # than those whose digests the run keeps
+            profile.container.sha256, profile.pins = "", {}
+        send(chain, profile, other_image=other_image)
         return
     before = chain.run.image()
     _contain(chain, Path(before["path"]) if before else None)

@@ -31,11 +31,13 @@ class Heard:
             (the summary agent's, given the steps); ``unaided`` (its answer without them).
         text: What was said; for a step its content.
         step: The step.
+        tokens: What was generated since the last of these.
     """
 
     kind: Literal["step", "noise", "answer", "unaided"]
     text: str
     step: Step | None = None
+    tokens: int = 0
 
 
 async def ask(
@@ -84,7 +86,7 @@ async def steps_aloud(
 ) -> AsyncIterator[Heard]:
     """The reasoning agent's steps, until it is done, cut off, or writes what is no step."""
     sampling = config.reasoning.sampling()
-    written, pending, spent, blank = "", "", 0, 0
+    written, pending, spent, told, blank = "", "", 0, 0, 0
     for call in range(MOST_STEPS * _MOST_LINES):
         request = Request(
             reasoning_messages(prompts, question, written),
@@ -106,11 +108,11 @@ async def steps_aloud(
             continue
         if not found.steps:
             if pending.strip():
-                yield Heard("noise", pending.strip())
+                yield Heard("noise", pending.strip(), None, spent - told)
             return
         step = found.steps[0]
-        yield Heard("step", step.content, step)
-        pending = ""
+        yield Heard("step", step.content, step, spent - told)
+        pending, told = "", spent
         if ended or step.next_action == "summary":
             return
 

@@ -344,6 +344,7 @@ def provenance(run: Path) -> dict[str, str]:
         "python": last.get("python"),
         "machine": f"{host.get('platform', '')}, {host.get('cores', '?')} cores" if host else None,
         "image": json.dumps(last["image"]) if last.get("image") else None,
+        "images of single stages": json.dumps(last["images"]) if last.get("images") else None,
         "starts": str(len(starts)),
     }
     return {name: str(value) for name, value in found.items() if value}

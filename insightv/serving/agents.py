@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from insightv.agents import (
+    Answer,
     DirectAgent,
     FinalAgent,
     MultiAgent,
@@ -43,6 +45,14 @@ class Piece:
     kind: Literal["reasoning_content", "content"]
     text: str
     tokens: int = 0
+    finish: str = "stop"
+
+    def until(self, stops: tuple[str, ...]) -> Piece:
+        """The piece, its answer ended before the first of some strings."""
+        found = [self.text.find(stop) for stop in stops if stop in self.text]
+        if self.kind != "content" or not found:
+            return self
+        return replace(self, text=self.text[: min(found)], finish="stop")
 
 
 class Agents:
@@ -94,12 +104,17 @@ class Agents:
             Call(messages, question.pictures, Sampling())
         )
 
-    async def reply(self, asked: Asked, question: Question) -> AsyncIterator[Piece]:
+    async def reply(self, asked: Asked, question: Question) -> AsyncGenerator[Piece]:
         """The pieces of a reply.
 
         Raises:
             RecordError: An engine cannot serve it.
         """
+        async with aclosing(self._reply(asked, question)) as pieces:
+            async for piece in pieces:
+                yield piece.until(asked.stop)
+
+    async def _reply(self, asked: Asked, question: Question) -> AsyncGenerator[Piece]:
         entry = replace(
             self._entry,
             reasoning=replace(self._entry.reasoning),
@@ -113,15 +128,13 @@ class Agents:
         seed = seed_for(asked.seed, "serve", asked.model)
         if asked.model == "direct":
             agent = DirectAgent(self.engine("base"), self._prompts, answer)
-            found = await agent.answer(question, seed=seed)
-            yield Piece("content", found.text, found.tokens)
+            yield _content(await agent.answer(question, seed=seed))
         elif asked.model == "single-agent":
             reasoner = ReasoningAgent(self.engine("single"), self._prompts, thought)
             async for piece in _at_once(reasoner, question, thought, seed):
                 yield piece
         elif asked.model == "summary-only":
-            found = await self._summary(answer).answer(question, None, seed)
-            yield Piece("content", found.text, found.tokens)
+            yield _content(await self._summary(answer).answer(question, None, seed))
         elif asked.model == "multi-agent" and asked.stream:
             async for piece in self._aloud(question, entry, seed):
                 yield piece
@@ -134,7 +147,7 @@ class Agents:
             pair = MultiAgent(reasoner, last if alone else self._summary(answer))
             reasoning, said = await pair.answer(question, seed)
             yield Piece("reasoning_content", reasoning.text, reasoning.tokens)
-            yield Piece("content", said.text, said.tokens)
+            yield _content(said)
 
     async def _aloud(
         self, question: Question, entry: EntryConfig, seed: int
@@ -143,16 +156,19 @@ class Agents:
         reasoner = self.engine("reasoning")
         async for heard in steps_aloud(reasoner, self._prompts, question, entry, seed):
             if heard.step is None:
-                yield Piece("reasoning_content", f"{heard.text}\n")
+                yield Piece("reasoning_content", f"{heard.text}\n", heard.tokens)
                 continue
             steps.append(heard.step)
-            yield Piece("reasoning_content", f"{render_steps([heard.step])}\n")
+            yield Piece("reasoning_content", f"{render_steps([heard.step])}\n", heard.tokens)
         summary = self._summary(entry.answer.sampling())
-        said = await summary.answer(question, render_steps(steps), seed)
-        yield Piece("content", said.text, said.tokens)
+        yield _content(await summary.answer(question, render_steps(steps), seed))
 
     def _summary(self, sampling: Sampling) -> SummaryAgent:
         return SummaryAgent(self.engine("summary"), self._prompts, sampling)
+
+
+def _content(answer: Answer) -> Piece:
+    return Piece("content", answer.text, answer.tokens, answer.finish)
 
 
 async def _at_once(
@@ -164,7 +180,4 @@ async def _at_once(
     text, answer = parse_direct(done.text)
     steps = parse_steps(text).steps
     yield Piece("reasoning_content", render_steps(steps) if steps else text)
-    yield Piece("content", answer, done.tokens)
-
-
-# ---- requests
+    yield Piece("content", answer, done.tokens, done.finish)

@@ -9,23 +9,39 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from hpc.errors import RecordError
-from insightv.engines.server.client import excerpt
+from insightv.engines.server.client import excerpt, whole
 from insightv.pictures import Pictures, decode
 from insightv.questions.texts import said_with_pictures
 
 MOST_BYTES = 64 * 2**20
 """Of a request: some large pictures."""
 MOST_PICTURES = 16
+MOST_STOPS = 4
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.I)
-_REFUSED = ("tools", "functions", "response_format", "logprobs", "top_logprobs", "audio")
+_REFUSED = (
+    "tools",
+    "functions",
+    "response_format",
+    "logprobs",
+    "top_logprobs",
+    "audio",
+    "logit_bias",
+    "frequency_penalty",
+    "presence_penalty",
+)
 """What a client would miss if it were passed over."""
 
 
 class Refused(Exception):
-    """A request that cannot be served as it is."""
+    """A request that cannot be served as it is; with the status that says so."""
+
+    def __init__(self, reason: str, status: int = 400):
+        super().__init__(reason)
+        self.status = status
 
 
 class LentPictures(Pictures):
@@ -36,25 +52,27 @@ class LentPictures(Pictures):
         super().__init__([])
         self._held: dict[str, bytes] = {}
         self._users: Counter[str] = Counter()
+        self._lock = Lock()
 
     def lend(self, data: bytes) -> str:
-        """Takes an encoded picture; returns its id.
+        """Takes an encoded picture, in any thread; returns its id.
 
         Raises:
             RecordError: It cannot be decoded.
         """
         name = hashlib.sha256(data).hexdigest()
-        if name not in self._held:
-            decode(data, name[:12])
+        decode(data, name[:12])
+        with self._lock:
             self._held[name] = data
-        self._users[name] += 1
+            self._users[name] += 1
         return name
 
     def give_back(self, name: str) -> None:
         """Forgets a picture that no other request shows."""
-        self._users[name] -= 1
-        if not self._users[name]:
-            del self._users[name], self._held[name]
+        with self._lock:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name], self._held[name]
 
     def bytes(self, picture: str) -> bytes:
         """The encoded picture.
@@ -80,6 +98,8 @@ class Asked:
         temperature: None: as the run was evaluated.
         top_p: Likewise.
         tokens: Most tokens of the answer; 0: as the run was evaluated.
+        stop: Strings that end the answer.
+        usage: Whether a stream ends with the tokens it took.
     """
 
     model: str
@@ -90,6 +110,8 @@ class Asked:
     temperature: float | None = None
     top_p: float | None = None
     tokens: int = 0
+    stop: tuple[str, ...] = ()
+    usage: bool = False
 
 
 def parse(body: Any, offered: tuple[str, ...]) -> Asked:
@@ -104,7 +126,7 @@ def parse(body: Any, offered: tuple[str, ...]) -> Asked:
     if model not in offered:
         raise Refused(f"no model '{excerpt(str(model), 60)}': use {', '.join(offered)}")
     for name in _REFUSED:
-        if body.get(name):
+        if body.get(name) and body[name] != {"type": "text"}:
             raise Refused(f"{name} is not to be had here")
     if _number(body, "n", 1) != 1:
         raise Refused("n is 1 here: ask again with another seed")
@@ -130,17 +152,28 @@ def parse(body: Any, offered: tuple[str, ...]) -> Asked:
     if len(pictures) > MOST_PICTURES:
         raise Refused(f"{len(pictures)} pictures: {MOST_PICTURES} at most")
     warm, top = body.get("temperature"), body.get("top_p")
+    streamed = body.get("stream_options")
     name = "max_completion_tokens" if body.get("max_completion_tokens") else "max_tokens"
     return Asked(
         model=model,
-        text=texts[-1],
+        text=whole(texts[-1]),
         pictures=tuple(pictures),
         stream=bool(body.get("stream")),
         seed=int(_number(body, "seed", 0, -(2.0**63), 2.0**63)),
         temperature=None if warm is None else _number(body, "temperature", 0, 0, 100),
         top_p=None if top is None else _number(body, "top_p", 1, 1e-6, 1),
         tokens=int(_number(body, name, 0, 1, 1_000_000)),
+        stop=_stops(body.get("stop")),
+        usage=isinstance(streamed, dict) and bool(streamed.get("include_usage")),
     )
+
+
+def _stops(given: Any) -> tuple[str, ...]:
+    stops = [given] if isinstance(given, str) else given or []
+    fine = isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops)
+    if not fine or len(stops) > MOST_STOPS:
+        raise Refused(f"stop is a text or a list of up to {MOST_STOPS}")
+    return tuple(stops)
 
 
 def _content(content: Any, before: int) -> tuple[str, list[bytes]]:
@@ -184,6 +217,3 @@ def _number(
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise Refused(f"{name} must be a number from {low:g} to {high:g}")
     return value
-
-
-# ---- the application

@@ -51,8 +51,9 @@ def test_what_must_be_mended_is_named(cluster):
 def test_a_program_that_is_not_there_is_found_on_the_nodes(cluster):
     place = cluster.folder("check")
     profile = place / "image.yaml"
-    profile.write_text("container: {image: /images/none.sif}\n")
+    profile.write_text("container: {image: /images/none.sif}\ngpu: {image: /images/other.sif}\n")
     done = check(cluster, profile, place)
     assert done.returncode == 2
     assert "container: /images/none.sif is not there" in done.stdout, done.stdout
+    assert "gpu on node1, container: /images/other.sif is not there" in done.stdout, done.stdout
     assert "program: does not start (status 77" in done.stdout

@@ -15,7 +15,7 @@ from testbed import Site, Testbed
 sys.path.insert(0, str(Path(__file__).parent))
 from chains import Run, profile, wait_for  # noqa: E402
 
-from hpc.cluster import Resources  # noqa: E402
+from hpc.cluster import Override  # noqa: E402
 
 SMALL = ("small=true", "n=24", "per_shard=4")
 SLOW = (*SMALL, "pause=2.0", "only=double")  # a shard of double takes about four seconds
@@ -46,7 +46,7 @@ def test_a_chain_from_one_command(slurm: Testbed | Site) -> None:
 
 
 def test_a_job_of_several_nodes(slurm: Testbed | Site) -> None:
-    wide = Resources(memory="400M", nodes=2, tasks=2, minutes=10)
+    wide = Override(memory="400M", nodes=2, tasks=2, minutes=10)
     asked = profile(partition=slurm.partition, stages={"numbers": wide})
     run = Run(slurm, asked)
     run.submit(*SMALL, "ranks=true")
@@ -97,7 +97,7 @@ def test_workers_killed_cancelled_and_paused(cluster: Testbed) -> None:
 
 
 def test_nodes_die_and_one_returns(cluster: Testbed) -> None:
-    whole = Resources(memory="400M", minutes=20, workers=2, cores=cluster.settings.cpus)
+    whole = Override(memory="400M", minutes=20, workers=2, cores=cluster.settings.cpus)
     run = Run(cluster, profile(stages={"double": whole}))
     run.submit(*SLOW)
     run.working("double", 2)
@@ -242,7 +242,7 @@ def test_a_worker_without_work_leaves(cluster: Testbed) -> None:
 
 def test_too_many_failures_and_a_spent_budget(cluster: Testbed) -> None:
     failing, poor = Run(cluster), Run(cluster)
-    asked = profile(stages={"numbers": Resources(memory="400M", gpus=2, minutes=20)})
+    asked = profile(stages={"numbers": Override(memory="400M", gpus=2, minutes=20)})
     asked.budget.gpu_hours = 0.001
     poor.write(asked)
     failing.submit(*SMALL, "fail_every=8")

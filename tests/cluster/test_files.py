@@ -13,7 +13,7 @@ from testbed import Testbed
 sys.path.insert(0, str(Path(__file__).parent))
 from chains import Run, profile, wait_for  # noqa: E402
 
-from hpc.cluster import Resources  # noqa: E402
+from hpc.cluster import Override  # noqa: E402
 from hpc.shards import shard_path, sidecar_path  # noqa: E402
 
 SLOW = ("small=true", "n=24", "per_shard=4", "pause=1.0", "only=double")
@@ -67,7 +67,7 @@ def test_files_that_fail_on_a_node_and_are_seen_late_by_the_others(
 
 
 def test_clocks_an_hour_apart(cluster: Testbed, faulty: Path) -> None:
-    whole = Resources(memory="400M", minutes=20, workers=2, cores=cluster.settings.cpus)
+    whole = Override(memory="400M", minutes=20, workers=2, cores=cluster.settings.cpus)
     run = Run(cluster, profile(stages={"double": whole}))
     inject(cluster, "node1", faulty, clock=3600)
     run.submit(*SLOW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from testbed import Testbed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "containers"))
 import making  # noqa: E402
 
-from hpc.cluster import Resources, read_profile  # noqa: E402
-from hpc.container import Container  # noqa: E402
+from hpc.cluster import Override, read_profile  # noqa: E402
+from hpc.container import Container, identify  # noqa: E402
 from hpc.rundir import STOPPED, read_json  # noqa: E402
 
 SLOW = ("pause=0.4", "only=double", "small=true")
 HOUR = 3600.0
 LOCK = "opt/insightv/lock"
+MARKER = "opt/only-in-the-image"
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +47,26 @@ def hand_over(cluster: Testbed, image: Path, folder: Path) -> Path:
     return place
 
 
-def test_a_chain_inside_an_image(cluster: Testbed, image: Path) -> None:
-    """Through a preemption and a gate's retry."""
+def another(image: Path, folder: Path) -> Path:
+    """The same image, in which the file that only images have says something else."""
+    file, target = folder / "other.def", folder / "other.sif"
+    file.write_text(f"Bootstrap: localimage\nFrom: {image}\n%post\necho other >/{MARKER}\n")
+    words = ["--fakeroot"] if os.geteuid() == 0 else []
+    words += ["--mksquashfs-args", "-comp zstd -Xcompression-level 1"]
+    subprocess.run(["apptainer", "build", *words, target, file], check=True, capture_output=True)
+    return target
+
+
+def test_a_chain_inside_images(cluster: Testbed, image: Path, tmp_path: Path) -> None:
+    """A stage in another than the rest; through a preemption and a gate's retry."""
     run = Run(cluster)
     place = hand_over(cluster, image, run.folder)
+    other = hand_over(cluster, another(image, tmp_path), run.folder)
     source = Path(counting.__file__)
-    seen = 'cp -n /opt/only-in-the-image "$2-$$.seen" 2>/dev/null; exec python "$@"'
+    seen = f'cp -n /{MARKER} "$2-$4-$$.seen" 2>/dev/null; exec python "$@"'
     program = ["bash", "-c", seen, "seen", str(source)]
     binds = [f"{source.parent}:{source.parent}:ro"]
-    asked = profile(partition="low")
+    asked = profile(partition="low", stages={"dou*": Override(image=str(other))})
     asked.container = Container(str(place), program=program, binds=binds, local=True)
     run.write(asked)
     run.submit(*SLOW)
@@ -68,27 +81,40 @@ def test_a_chain_inside_an_image(cluster: Testbed, image: Path) -> None:
     assert attempts == {0, 1}, run.say()
     (start,) = read_json(run.dir.provenance)["starts"]
     assert start["image"]["path"] == str(place)
-    for stage in run.chain().stages:
-        assert run.dir.read_manifest(stage)["image"] == start["image"]["sha256"]
-    verbs = {path.name.partition("-")[0] for path in run.path.glob("*.seen")}
-    assert verbs == {"work", "gate", "preflight"}
+    assert start["images"].keys() == {"double"} and start["images"]["double"]["path"] == str(other)
+    digests = {stage: run.dir.read_manifest(stage)["image"] for stage in run.chain().stages}
+    assert digests.pop("double") == start["images"]["double"]["sha256"]
+    assert (
+        {*digests.values()} == {start["image"]["sha256"]} != {start["images"]["double"]["sha256"]}
+    )
+    found: dict[str, set[str]] = {}
+    for path in run.path.glob("*.seen"):
+        verb, stage, _ = path.name.split("-")
+        kind = f"{verb} double" if (verb, stage) == ("work", "double") else verb
+        found.setdefault(kind, set()).add(path.read_text().strip())
+    assert found == {
+        **dict.fromkeys(("work", "gate"), {"small"}),
+        "work double": {"other"},
+        "preflight": {"small", "other"},
+    }
 
 
 def test_ranks_inside_an_image(cluster: Testbed, image: Path) -> None:
+    """The other stages, the gates and the preflight's first half are on the host."""
     run = Run(cluster)
     place = hand_over(cluster, image, run.folder)
     source = Path(counting.__file__)
-    wide = Resources(memory="400M", nodes=2, tasks=2, minutes=10)
+    wide = Override(nodes=2, tasks=2, image=str(place))
     asked = profile(stages={"numbers": wide})
-    asked.container = Container(
-        str(place), program=["python", str(source)], binds=[str(source.parent)]
-    )
+    asked.container = Container(program=["python", str(source)], binds=[str(source.parent)])
     run.write(asked)
     run.submit("small=true", "ranks=true")
     run.check()
     told = [read_json(run.path / f"rank{rank}.json") for rank in range(4)]
     assert [entry["WORLD_SIZE"] for entry in told] == ["4"] * 4
     assert [entry["LOCAL_RANK"] for entry in told] == ["0", "1", "0", "1"]
+    digests = {stage: run.dir.read_manifest(stage)["image"] for stage in run.chain().stages}
+    assert digests == dict.fromkeys(digests) | {"numbers": identify(place)[0]}
 
 
 def test_an_image_that_changes_ends_the_chain(cluster: Testbed, image: Path) -> None:

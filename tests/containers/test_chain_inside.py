@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hpc"))
 import counting
 
 from hpc import naming, submission
-from hpc.cluster import Profile, Resources
+from hpc.cluster import Override, Profile
 from hpc.config import dump
 from hpc.container import Container, command, pin
 from hpc.driver import drive
@@ -83,7 +83,7 @@ def test_batch_scripts_as_a_node_runs_them(image: Path, tmp_path: Path) -> None:
     run = tmp_path / "a run"
     chain = counting.open_chain(run, ["small=true", "ranks=true"])
     source = Path(counting.__file__)
-    asked = Profile(stages={"numbers": Resources(tasks=2)})
+    asked = Profile(stages={"numbers": Override(tasks=2)})
     asked.container = Container(
         str(image), program=["python", str(source)], binds=[str(source.parent)], local=True
     )

@@ -13,7 +13,7 @@ import counting  # noqa: E402
 
 from hpc import admission  # noqa: E402
 from hpc.admission import admit, fits  # noqa: E402
-from hpc.cluster import Profile, Resources  # noqa: E402
+from hpc.cluster import Override, Profile, Resources  # noqa: E402
 from hpc.errors import UserError  # noqa: E402
 from hpc.planning import plan_of  # noqa: E402
 from hpc.slurm import SlurmError  # noqa: E402
@@ -120,5 +120,5 @@ def test_a_stage_that_refuses_what_it_gets_keeps_all_out(tmp_path, cluster):
         submit(chain, asked)
     assert not cluster["asked"]
     assert not list(chain.run.path.rglob("*.sh"))
-    asked.stages["total"] = Resources(nodes=2)
+    asked.stages["total"] = Override(nodes=2)
     assert fits(chain, asked) == {"total": "well"}

@@ -36,7 +36,7 @@ class FakeServer:
     def __init__(self, answer: Answer, models: Any = None, key: str = "", port: int = 0):
         self.answer, self.key = answer, key
         self.models = [{"id": "m", "owned_by": "vllm"}] if models is None else models
-        self.healthy = True
+        self.healthy: bool | None = True  # None: there is no such page
         self.bodies: list[dict[str, Any]] = []
         self.flying = self.most_flying = 0
         self.lock = threading.Lock()
@@ -47,7 +47,7 @@ class FakeServer:
 
             def do_GET(self) -> None:
                 if self.path == "/health":
-                    self.reply(200 if owner.healthy else 503, {})
+                    self.reply({True: 200, False: 503, None: 404}[owner.healthy], {})
                 elif self.path != "/v1/models":
                     self.reply(404, {"error": {"message": "no such page"}})
                 elif self.known():
@@ -116,6 +116,14 @@ def main() -> None:
     def answer(body: dict[str, Any], number: int) -> Any:
         if os.environ.get("DIE_AT") == str(number):
             os._exit(7)
+        if os.environ.get("POISON") == str(body["seed"]):
+            print("CUDA out of memory", flush=True)
+            if os.environ.get("WEDGED"):
+                server.healthy = False
+            else:
+                os._exit(1)
+        if not server.healthy:
+            return (500, {"error": {"message": "the engine is dead"}})
         time.sleep(float(os.environ.get("SLOW", "0.02")))
         return completion(f"reply to {body['seed']}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc.admission import fits
-from hpc.cluster import Profile, Resources
+from hpc.cluster import Override, Profile, Resources
 from hpc.errors import UserError
 from hpc.rundir import RunDir
 from insightv import cli
@@ -157,10 +157,10 @@ def test_a_chain_is_held_against_its_profile(tmp_path, monkeypatch):
     keys = ["training.reasoning.backend=megatron", "training.reasoning.megatron.tensor_parallel=2"]
     config = read(chain, keys)
     assembled = assemble(config, RunDir(tmp_path / "run"))
-    profile = Profile(stages={"sft-reasoning": Resources(nodes=3)})
+    profile = Profile(stages={"sft-reasoning": Override(nodes=3)})
     with pytest.raises(UserError, match="stage sft-reasoning: .*3 nodes x 1 task = 3"):
         fits(assembled, profile)
-    profile.stages["sft-reasoning"] = Resources(nodes=2)
+    profile.stages["sft-reasoning"] = Override(nodes=2)
     told = fits(assembled, profile)
     assert list(told) == ["sft-reasoning"] and "TP 2 x PP 1 x DP 1" in told["sft-reasoning"]
     # Nobody computes for hours before this is said, here neither.

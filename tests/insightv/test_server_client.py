@@ -4,7 +4,9 @@ import asyncio
 import base64
 import io
 import json
+import threading
 import time
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hpc.config import shaping
 from hpc.errors import RecordError, UserError
 from insightv.chainfile import checked
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
-from insightv.engines.server import client
+from insightv.engines.server import client, engine
 from insightv.engines.server.client import excerpt
 from insightv.engines.server.config import ServerConfig
 from insightv.engines.server.process import ServerGone
@@ -78,10 +80,10 @@ def once(pictures, answer, *requests, models=None, **settings):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    from insightv.engines.server import engine
-
     monkeypatch.setattr(engine, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(engine, "_LONGEST_PAUSE", 0.3)
+    monkeypatch.setattr(engine, "_LONGEST_ASKED", 0.3)
+    monkeypatch.setattr(engine, "_SECOND_LOOK", 0.05)
 
 
 # ---- what is asked, and what comes back
@@ -217,6 +219,45 @@ def test_busy_servers_are_waited_for(pictures):
     assert reply.text == "at last" and len(server.bodies) == 4
 
 
+def test_pauses_that_servers_ask_for_are_numbers_or_dates():
+    in_a_minute = formatdate(time.time() + 60, usegmt=True)
+    assert 55 < client._seconds(in_a_minute) <= 60 and client._seconds("2.5") == 2.5
+    for told in ("", "soon", "-3", "nan", "1e999", "Thu, 01 Jan 1970 00:00:00 GMT", "9" * 400):
+        assert client._seconds(told) == 0
+
+
+def test_a_server_that_is_down_behind_its_gateway_is_waited_for(pictures):
+    """Every page fails, as behind a proxy: no request is to blame, however many there are."""
+
+    def answer(body, number):
+        if number == 0:
+            server.healthy = False
+            threading.Timer(1, setattr, (server, "healthy", True)).start()
+        return completion("x") if server.healthy else (502, b"<html>Bad gateway")
+
+    asked = [request(seed=n) for n in range(40)]
+    with FakeServer(answer) as server:
+        replies, _ = ask(pictures, *asked, url=[server.url])
+    assert [getattr(reply, "text", reply) for reply in replies] == ["x"] * 40
+    assert len(server.bodies) < 120  # pictures are not sent to a server that is known to be down
+
+
+def test_a_server_without_a_page_for_its_health(pictures, monkeypatch):
+    with FakeServer(lambda body, n: completion("x") if n else (200, None)) as server:
+        server.healthy = None
+        (reply,), _ = ask(pictures, request(), url=[server.url])
+    assert reply.text == "x"
+
+
+def test_one_of_several_that_does_not_come_is_left_out(pictures, monkeypatch, caplog):
+    monkeypatch.setattr(engine, "_OTHERS", 0.2)
+    asked = [request(f"What is {n}?", seed=n) for n in range(20)]
+    with FakeServer(lambda body, n: completion("x")) as server:
+        replies, _ = ask(pictures, *asked, url=[server.url, "http://127.0.0.1:9"])
+    assert all(reply.text == "x" for reply in replies)
+    assert "1 are left: http://127.0.0.1:9 did not answer" in caplog.text
+
+
 def test_a_server_that_stays_busy_fails_the_shard(pictures):
     begun = time.monotonic()
     reply, server = once(pictures, lambda body, n: (429, {}, {"retry-after": "9" * 9}), patience=1)
@@ -253,6 +294,21 @@ def test_failures_are_tried_again_and_then_fail_their_record(pictures, answer, t
     assert len(server.bodies) == 4
     first = iter([answer, completion("second time")])
     assert once(pictures, lambda body, n: next(first))[0].text == "second time"
+
+
+def test_an_answer_kept_apart_as_reasoning_is_none(pictures):
+    apart = completion(None, tokens=40)
+    apart["choices"][0]["message"]["reasoning_content"] = "The bars say 3."
+    reply, server = once(pictures, lambda body, n: apart)
+    assert isinstance(reply, RecordError) and "without a reasoning parser" in str(reply)
+    assert len(server.bodies) == 1
+    reply, _ = once(pictures, lambda body, n: completion(None, tokens=1))
+    assert reply.text == ""
+
+
+def test_halves_of_characters_are_replaced(pictures):
+    reply, _ = once(pictures, lambda body, n: completion("a \ud83d b \U0001f600"))
+    assert reply.text == "a \ufffd b \U0001f600"
 
 
 def test_a_late_answer_is_one_that_failed(pictures):

@@ -14,10 +14,11 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
+from openai_server import FakeServer, completion
 
 from hpc.config import dump
 from hpc.driver import Quiet, drive
-from hpc.errors import UserError
+from hpc.errors import RecordError, UserError
 from hpc.executors.local import LocalExecutor
 from hpc.rundir import Chain, RunDir
 from hpc.shards import read_groups, shard_paths
@@ -287,6 +288,45 @@ def test_a_server_that_dies_too_often_fails_the_shard(tmp_path, monkeypatch):
     assert "died 2 times" in problem and "listening" in problem and "\n" not in problem
 
 
+@pytest.mark.parametrize("wedged", ["", "1"])
+def test_a_request_that_kills_its_server_fails_alone(monkeypatch, wedged):
+    """It exits, or answers with nothing but errors from then on, as vLLM does."""
+    monkeypatch.setenv("POISON", "5")
+    monkeypatch.setenv("WEDGED", wedged)
+    monkeypatch.setattr(engine_module, "_SECOND_LOOK", 0.1)
+
+    async def scenario(engine):
+        return await asyncio.gather(*map(engine.complete, asks(12)), return_exceptions=True)
+
+    replies = run(scenario, config(*SMALL))
+    failed = replies.pop(5)
+    assert isinstance(failed, RecordError) and "died of it 3 times" in str(failed)
+    assert "CUDA out of memory" in str(failed) and "\n" not in str(failed)
+    assert [reply.text for reply in replies] == [f"reply to {n}" for n in range(12) if n != 5]
+
+
+def test_a_server_killed_while_it_loads_is_started_again(tmp_path, caplog):
+    mark = tmp_path / "loads"
+    script = (
+        "import os, runpy\n"
+        f"loads = open({str(mark)!r}, 'a+'); print(file=loads, flush=True)\n"
+        "if os.fstat(loads.fileno()).st_size < 3: os.kill(os.getpid(), 9)\n"
+        f"runpy.run_path({FAKE!r}, run_name='__main__')\n"
+    )
+    started = [sys.executable, "-c", script, "{port}", "{name}"]
+
+    async def scenario(engine):
+        return await asyncio.gather(*map(engine.complete, asks(3)), return_exceptions=True)
+
+    gone = run(scenario, config(*started, restarts=1))
+    assert all(isinstance(reply, ServerGone) and "died 2 times" in str(reply) for reply in gone)
+    mark.unlink()
+    assert [reply.text for reply in run(scenario, config(*started))] == [
+        f"reply to {n}" for n in range(3)
+    ]
+    assert caplog.text.count("ended with SIGKILL and is started again") == 3
+
+
 def test_a_server_that_hangs_is_ended_and_started_again(caplog):
     async def scenario(engine):
         await engine.complete(asks(1)[0])
@@ -354,6 +394,19 @@ def test_a_port_that_is_taken_is_left_to_its_owner(monkeypatch):
         assert run(scenario, config(*SMALL)).text == "reply to 0"
 
 
+def test_another_server_of_the_same_user_is_not_taken_for_ours(monkeypatch):
+    with FakeServer(lambda body, n: completion("another's"), key="another") as other:
+        ports = iter([other.http.server_port])
+        plain = process.free_port
+        monkeypatch.setattr(process, "free_port", lambda: next(ports, None) or plain())
+
+        async def scenario(engine):
+            return await engine.complete(asks(1)[0])
+
+        assert run(scenario, config(*SMALL)).text == "reply to 0"
+        assert not other.bodies
+
+
 def test_ports_are_none_of_outgoing_connections():
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports = {process.free_port() for _ in range(20)}
@@ -388,6 +441,31 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+def test_nothing_outlives_a_worker_that_is_killed_while_its_server_loads():
+    loading = config(sys.executable, "-c", "import time; time.sleep(99)").server.command
+    script = WORKER.format(here=str(Path(__file__).parent)).replace("*SMALL", f"*{loading!r}")
+    worker = subprocess.Popen([sys.executable, "-c", script])
+    while len(found := psutil.Process(worker.pid).children(recursive=True)) < 4:
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    _, alive = psutil.wait_procs(found, 10)
+    assert not alive and not scratch()
+
+
+def test_a_log_that_grows_too_long_loses_its_middle(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("first\n" + "x" * 5000 + "\nlast\n")
+    script = f"import sys; sys.path[:0] = [{str(process._GUARD.parent)!r}]; import guard; "
+    with path.open("a+b") as log:
+        for words in (f"{script}guard.trim(6000)", f"{script}guard.trim(4000, 100)"):
+            subprocess.run([sys.executable, "-c", words], stdout=log, check=True)
+        log.write(b"more\n")
+    said = path.read_text()
+    assert said.startswith("first\nxx") and said.endswith("xx\nlast\nmore\n")
+    assert len(said) < 300 and "4812 bytes cut out" in said
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -2,9 +2,9 @@
 
 import io
 import json
-import tempfile
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from families import picture, save_family
 
@@ -37,10 +37,13 @@ class Here:
         return [json.loads(line) for line in (self.directory / "metrics.jsonl").open()]
 
 
+_folders: list[TemporaryDirectory[str]] = []  # they go with the process
+
+
 @cache
 def family(name: str, seed: int = 0) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="family-"))
-    return save_family(name, folder, seed)
+    _folders.append(TemporaryDirectory(prefix="family-"))
+    return save_family(name, Path(_folders[-1].name), seed)
 
 
 @cache

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from itertools import cycle
 from typing import Any
 
@@ -19,6 +22,10 @@ _POOL = 16
 
 class Unreachable(Exception):
     """Nobody listens, or the connection broke: nothing was answered."""
+
+
+class Unheard(Unreachable):
+    """Nobody listens: nothing was sent."""
 
 
 class Late(Exception):
@@ -84,7 +91,7 @@ class Client:
         """Posts a body, or gets what is there.
 
         Raises:
-            Unreachable: There was no answer, and will be none.
+            Unreachable: There was no answer, and will be none; `Unheard` if nothing was sent.
             Late: There was none in time.
             Garbled: It is longer than any answer should be, or no HTTP.
         """
@@ -107,14 +114,15 @@ class Client:
                     if size > MOST_BYTES:
                         raise Garbled(f"an answer of more than {MOST_BYTES:,} bytes")
                     parts.append(part)
-                after = response.headers.get("retry-after", "")
-                wait = float(after) if after.isascii() and after.isdigit() else 0.0
+                wait = _seconds(response.headers.get("retry-after", ""))
                 return Reply(response.status_code, b"".join(parts), wait)
         except TimeoutError:
             raise Late(f"no answer within {seconds:g} s") from None
         except (httpx2.RemoteProtocolError, httpx2.DecodingError) as error:
             # A server that dies hangs up in the midst of an answer; that too ends here.
             raise Unreachable(f"no HTTP answer: {excerpt(str(error))}") from None
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise Unheard(excerpt(str(error) or type(error).__name__)) from None
         except (httpx2.TransportError, OSError) as error:
             raise Unreachable(excerpt(str(error) or type(error).__name__)) from None
 
@@ -122,6 +130,18 @@ class Client:
         """Closes all connections."""
         for pool in self._pools:
             await pool.aclose()
+
+
+def _seconds(after: str) -> float:
+    """How long to wait by a Retry-After, which is a number of seconds or a date."""
+    try:
+        told = float(after)
+    except ValueError:
+        try:
+            told = parsedate_to_datetime(after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return max(0.0, told) if math.isfinite(told) else 0.0
 
 
 def _pool() -> httpx2.AsyncClient:
@@ -132,6 +152,11 @@ def _pool() -> httpx2.AsyncClient:
         # Proxies are for the outside, and certificates of users' own have no place here.
         trust_env=False,
     )
+
+
+def whole(text: str) -> str:
+    """A text without halves of characters: JSON can hold them, tokenizers and files cannot."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def excerpt(text: str | bytes, most: int = _SHOWN) -> str:

@@ -53,7 +53,8 @@ class ServerConfig:
         patience: Seconds to wait, all in all, for a server that is too busy, or that others
             start again; after that the worker fails, and its shards are taken up again.
         start: Seconds until a server must answer for the first time.
-        restarts: Times that a server is started again when it dies.
+        restarts: Times that a server is started again when it dies, or is killed while it loads.
+            A request that it dies of gives them back, once that is found out; that takes two.
     """
 
     url: list[str] = unhashed_factory(list)

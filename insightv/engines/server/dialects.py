@@ -8,10 +8,12 @@ from typing import Any
 
 from hpc.errors import RecordError, UserError
 from insightv.engines.base import Completion, Request
-from insightv.engines.server.client import Garbled, excerpt
+from insightv.engines.server.client import Garbled, excerpt, whole
 
 DIALECTS_TOLD = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp"}
 """The dialect by who owns the models that a server lists."""
+_THOUGHTS = ("reasoning_content", "reasoning")
+"""Where servers with a reasoning parser put what comes before the answer."""
 _FINISHES = {"stop": "stop", "eos": "stop", "length": "length"}
 _SEEDS = 2**32 - 1
 """llama.cpp keeps 32 bits of a seed; all of them set mean `none given`."""
@@ -116,14 +118,16 @@ def read(answer: Any, request: Request) -> Completion:
     """
     try:
         choice = answer["choices"][0]
-        text = choice["message"]["content"] or ""
+        message = choice["message"]
+        text = message["content"] or ""
         told = choice["finish_reason"]
         tokens = answer["usage"]["completion_tokens"]
     except (KeyError, IndexError, TypeError):
         raise Garbled(f"an answer without a completion: {excerpt(json.dumps(answer))}") from None
-    whole = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0
-    if not isinstance(text, str) or not whole:
+    counted = isinstance(tokens, int) and not isinstance(tokens, bool) and 0 <= tokens < 2**31
+    if not isinstance(text, str) or not counted:
         raise Garbled(f"an answer without a text: {excerpt(json.dumps(choice))}")
+    text = whole(text)
     found = [place for stop in request.stop if stop and (place := text.find(stop)) >= 0]
     if found:
         return Completion(text[: min(found)], tokens, "stop")
@@ -131,4 +135,9 @@ def read(answer: Any, request: Request) -> Completion:
         raise Garbled("the server broke the completion off")
     if not isinstance(told, str) or told not in _FINISHES:
         raise RecordError(f"the server ended the completion for {excerpt(str(told))!r}")
+    if not text and any(message.get(name) for name in _THOUGHTS):
+        raise RecordError(
+            "the server gave reasoning and no answer: start it without a reasoning parser, or "
+            f"give more max_tokens than {request.sampling.max_tokens}"
+        )
     return Completion(text, tokens, "length" if _FINISHES[told] == "length" else "stop")

@@ -7,7 +7,9 @@ import hashlib
 import logging
 import random
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -16,7 +18,15 @@ from insightv import models
 from insightv.engines.base import Completion, Request
 from insightv.engines.config import EngineConfig
 from insightv.engines.server.chats import Chats
-from insightv.engines.server.client import Client, Garbled, Late, Reply, Unreachable, excerpt
+from insightv.engines.server.client import (
+    Client,
+    Garbled,
+    Late,
+    Reply,
+    Unheard,
+    Unreachable,
+    excerpt,
+)
 from insightv.engines.server.config import read_key
 from insightv.engines.server.dialects import DIALECTS_TOLD, payload, read
 from insightv.engines.server.process import OwnServer, ServerGone, answers
@@ -26,13 +36,21 @@ from insightv.pictures import Pictures
 _CONCURRENCY = {"transformers": 8, "llamacpp": SLOTS}
 _MANY = 256
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0
+_LONGEST_ASKED = 120.0
+"""Of the pauses that servers ask for."""
 _BUSY = (408, 425, 429, 503)
 """Not now: waited out with patience. Other failures count as tries."""
 _SPILL = 1.5
 """A replica with so many times the mean in flight leaves further requests to the next."""
 _SPARE = 8
 _BROKEN = 30
-"""Failures in a row, without any success, after which it is the server that is broken."""
+"""Failures in a row of requests that had failed before, after which the server is broken."""
+_SUSPECT = 2
+"""A request that was under way at so many deaths of servers is asked alone from then on."""
+_TURN = 0.05
+_SECOND_LOOK = 2.0
+_OTHERS = 60.0
+"""Seconds that the rest of several servers is waited for once the first has answered."""
 _PROBE = 10.0
 _TELL = 30.0
 
@@ -46,8 +64,10 @@ class _Replica:
     def __init__(self, url: str, key: str, own: OwnServer | None = None):
         self._url, self._key, self.own = url, key, own
         self.name = url
-        self.flying = self.failed = 0
+        self.flying = self.suspects = self.failed = 0
+        self.down = ""
         self.gone: ServerGone | None = None
+        self._look: asyncio.Task[bool] | None = None
 
     @property
     def url(self) -> str:
@@ -57,13 +77,42 @@ class _Replica:
     def key(self) -> str:
         return self.own.key if self.own else self._key
 
+    @asynccontextmanager
+    async def flight(self, alone: bool) -> AsyncIterator[None]:
+        """The time in which a request is under way: with others, or alone."""
+        self.suspects += alone
+        try:
+            while self.flying if alone else self.suspects:
+                await asyncio.sleep(_TURN)
+            self.flying += 1
+            try:
+                yield
+            finally:
+                self.flying -= 1
+        finally:
+            self.suspects -= alone
+
+    async def well(self, client: Client, url: str) -> bool:
+        """Whether the server at ``url`` says that it is; all that ask at once share one look."""
+        if url != self.url:
+            return False
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(answers(client, url, self.key))
+        return await asyncio.shield(self._look)
+
 
 class _Again(Exception):
-    """It may work later; ``patient`` if the request is not to blame."""
+    """It may work later.
 
-    def __init__(self, problem: str, patient: bool, after: float = 0.0):
+    Attributes:
+        patient: The request is not to blame.
+        after: Seconds the server asks to be left alone.
+        died: The server was well, and died or hung with the request under way.
+    """
+
+    def __init__(self, problem: str, patient: bool, after: float = 0.0, died: bool = False):
         super().__init__(problem)
-        self.patient, self.after = patient, after
+        self.patient, self.after, self.died = patient, after, died
 
 
 class ServerEngine:
@@ -110,6 +159,7 @@ class ServerEngine:
         self._client: Client | None = None
         self._opening: asyncio.Task[None] | None = None
         self._room: asyncio.Semaphore | None = None
+        self._heard: float | None = None
 
     async def complete(self, request: Request) -> Completion:
         """Completes one chat.
@@ -174,21 +224,35 @@ class ServerEngine:
         client = self._client
         turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
         async with turn:
-            own = [replica.own for replica in self._replicas if replica.own]
-            await asyncio.gather(*(server.ready(client) for server in own))
-        for replica in self._replicas:
-            await self._look(replica)
+            own = [replica for replica in self._replicas if replica.own]
+            ready = (replica.own.ready(client) for replica in own if replica.own)
+            self._sift(own, await asyncio.gather(*ready, return_exceptions=True))
+        left = [replica for replica in self._replicas if replica.gone is None]
+        looks = (self._look(replica) for replica in left)
+        self._sift(left, await asyncio.gather(*looks, return_exceptions=True))
+        silent = [replica.gone for replica in self._replicas if replica.gone]
+        if self._server.url and len(silent) == len(self._replicas):
+            raise UserError(str(silent[0]))
         if not self._dialect:
             raise UserError(
                 f"engine.server.dialect: {self._replicas[0].url} does not say what it is; give "
                 "vllm, sglang, transformers, llamacpp or openai"
             )
 
+    def _sift(self, replicas: list[_Replica], found: list[BaseException | None]) -> None:
+        """Gives up the replicas that did not come; any other problem is raised."""
+        for replica, problem in zip(replicas, found, strict=True):
+            if isinstance(problem, ServerGone):
+                self._give_up(replica, problem)
+            elif problem is not None:
+                raise problem
+
     async def _look(self, replica: _Replica) -> None:
         """Asks a server what it has: is the key right, the model there, its context known?
 
         Raises:
-            UserError: It has not what is wanted, or did not answer.
+            UserError: It has not what is wanted.
+            ServerGone: It did not answer.
         """
         assert self._client is not None
         begun = told = time.monotonic()
@@ -205,9 +269,11 @@ class ServerEngine:
             except Garbled as error:
                 raise UserError(f"{replica.url} is no OpenAI-compatible server: {error}") from None
             now = time.monotonic()
-            if now - begun > self._server.start:
-                raise UserError(
-                    f"{replica.url} did not answer within {self._server.start:g} s ({problem}); "
+            late = self._heard is not None and now - self._heard > _OTHERS
+            if late or now - begun > self._server.start:
+                seconds = _OTHERS if late else self._server.start
+                raise ServerGone(
+                    f"{replica.url} did not answer within {seconds:g} s ({problem}); "
                     "start that server, or mend engine.server.url"
                 )
             if now - told >= _TELL:
@@ -215,6 +281,7 @@ class ServerEngine:
                 log.warning("waiting for %s for %.0f s: %s", replica.url, now - begun, problem)
             await asyncio.sleep(random.uniform(0.5, 2.0))
         self._refuse(reply, replica)
+        self._heard = self._heard or time.monotonic()
         if reply.status == 200:
             self._take(reply, replica)
         elif not self._name or not self._dialect:
@@ -266,18 +333,23 @@ class ServerEngine:
 
     async def _ask(self, subject: str, body: bytes, request: Request) -> Completion:
         """Asks until there is an answer, or no more hope of one."""
-        failures, waited, pause = 0, 0.0, _FIRST_PAUSE
+        failures, deaths, waited, pause = 0, 0, 0.0, _FIRST_PAUSE
         while True:
             replica = self._choose(subject)
             begun = time.monotonic()
             try:
-                return await self._try(replica, body, request)
+                return await self._try(replica, body, request, deaths >= _SUSPECT, failures > 0)
             except ServerGone as error:
                 self._give_up(replica, error)
                 waited = 0.0
                 continue
             except _Again as again:
                 problem = again
+            deaths += problem.died
+            if problem.died and deaths > _SUSPECT:
+                raise RecordError(
+                    f"servers died of it {deaths} times: {self._blame(replica, problem)}"
+                )
             if problem.patient:
                 if replica.own is None:  # `start` and `restarts` bound the wait for one of our own.
                     waited += time.monotonic() - begun
@@ -290,13 +362,16 @@ class ServerEngine:
                 failures += 1
                 if failures >= self._server.tries:
                     raise RecordError(f"the server failed {failures} times: {problem}")
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            delay = max(min(problem.after, _LONGEST_PAUSE), random.uniform(pause / 4, pause))
+            pause = min((2 if problem.patient else 4) * pause, _LONGEST_PAUSE)
+            # Never all at once: those that a server sends away together would come back together.
+            delay = min(problem.after, _LONGEST_ASKED) + random.uniform(pause / 4, pause)
             waited += delay
             await asyncio.sleep(delay)
 
-    async def _try(self, replica: _Replica, body: bytes, request: Request) -> Completion:
-        """One attempt.
+    async def _try(
+        self, replica: _Replica, body: bytes, request: Request, alone: bool, failed: bool
+    ) -> Completion:
+        """One attempt, with others under way or ``alone``; the request may have ``failed`` before.
 
         Raises:
             _Again: It may work later.
@@ -305,43 +380,79 @@ class ServerEngine:
             ServerGone: Never again with this replica.
         """
         assert self._client is not None
-        if replica.own is not None:
-            await replica.own.ready(self._client)
-        replica.flying += 1
-        url = replica.url
-        try:
-            reply = await self._client.ask(f"{url}/v1/chat/completions", replica.key, body)
-            if reply.status == 200:
-                done = read(reply.json(), request)
-                replica.failed = 0
-                return done
-        except (Unreachable, Late, Garbled) as error:
-            # Is it this request, or has the server itself died or hung?
-            alive = isinstance(error, Garbled) or await answers(self._client, url)
-            if isinstance(error, Late) and not alive:
-                self._restart(replica, url, "hangs")
-            self._note_failure(replica, url, alive)
-            raise _Again(str(error), patient=not alive) from None
-        finally:
-            replica.flying -= 1
+        async with replica.flight(alone):
+            if replica.own is not None:
+                await replica.own.ready(self._client)
+            url = replica.url
+            if replica.down == url and not await replica.well(self._client, url):
+                raise _Again("it is not well", patient=True)
+            replica.down = ""
+            try:
+                reply = await self._client.ask(f"{url}/v1/chat/completions", replica.key, body)
+                if reply.status == 200:
+                    done = read(reply.json(), request)
+                    replica.failed = 0
+                    return done
+            except (Unreachable, Late, Garbled) as error:
+                raise await self._failure(replica, url, error, failed) from None
+            if reply.status >= 500:
+                raise await self._failure(replica, url, reply, failed)
         if reply.status in _BUSY:
             raise _Again(reply.problem, True, reply.retry_after)
-        if reply.status >= 500:
-            self._note_failure(replica, url, True)
-            raise _Again(reply.problem, patient=False)
+        own = replica.own
+        if own is not None and (reply.status in (401, 403) or not own.listens()):
+            raise _Again(f"another server answers at {url}", patient=True)
         self._refuse(reply, replica)
         if reply.status in (404, 405):
             raise UserError(f"{url}/v1/chat/completions: {reply.problem}; mend engine.server")
         replica.failed = 0
         raise RecordError(f"the server refuses the request: {reply.problem}")
 
-    def _note_failure(self, replica: _Replica, url: str, alive: bool) -> None:
+    async def _failure(
+        self,
+        replica: _Replica,
+        url: str,
+        cause: Unreachable | Late | Garbled | Reply,
+        failed: bool,
+    ) -> _Again:
+        """What an attempt without an answer means: is it this request, or is the server dead?
+
+        Raises:
+            ServerGone: The server is broken, and not ours to start again.
+        """
+        assert self._client is not None
+        told = isinstance(cause, Reply)
+        problem = cause.problem if isinstance(cause, Reply) else str(cause)
+        alive = isinstance(cause, Garbled) or await replica.well(self._client, url)
+        if told and not alive:  # It may only have been too busy to say so.
+            await asyncio.sleep(_SECOND_LOOK)
+            alive = await replica.well(self._client, url)
+        if isinstance(cause, Reply) and cause.status in _BUSY and alive:
+            return _Again(problem, True, cause.retry_after)
+        if alive:
+            if failed:  # What all that is under way fails at once is over with that once.
+                self._note_failure(replica, url)
+            return _Again(problem, patient=False)
+        replica.down = url
+        if not isinstance(cause, Unreachable):
+            self._restart(replica, url, "is not well" if told else "hangs")
+        refused = isinstance(cause, Unheard) or (isinstance(cause, Reply) and cause.status in _BUSY)
+        return _Again(problem, patient=True, died=not refused)
+
+    def _blame(self, replica: _Replica, problem: _Again) -> str:
+        """What a server said that died with one request alone under way."""
+        if replica.own is None:
+            return str(problem)
+        replica.own.forgive()
+        return f"{problem}; it said last: {replica.own.last_words()}"
+
+    def _note_failure(self, replica: _Replica, url: str) -> None:
         """Counts failures in a row: a server that fails at everything is broken.
 
         Raises:
             ServerGone: It is, and not ours to start again.
         """
-        replica.failed += alive
+        replica.failed += 1
         if replica.failed >= _BROKEN:
             replica.failed = 0
             if replica.own is None:

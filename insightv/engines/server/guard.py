@@ -2,8 +2,9 @@
 
 ``python -I guard.py GRACE FOLDER COMMAND…`` starts the command and ends it, with all it has
 started, when its own standard input is closed (the worker has left or was killed) or when it
-is told to by SIGTERM. Then the folder, which holds the key and the caches, is removed. Runs on
-its own, in any Python: nothing of the package is imported.
+is told to by SIGTERM. Then the folder, which holds the key and the caches, is removed. A log
+that grows too long loses its middle. Runs on its own, in any Python: nothing of the package is
+imported.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from pathlib import Path
 
 _SUBREAPER, _DEATH_SIGNAL = 36, 1
 _TICK = 0.1
+_LOOK = 10.0
+"""Seconds between looks at the log: each is a question to a file system that many share."""
+_MOST_BYTES, _KEPT_BYTES = 256 * 2**20, 16 * 2**20
 
 
 def main() -> int:
@@ -39,7 +43,11 @@ def main() -> int:
             start_new_session=True,
             preexec_fn=lambda: prctl(_DEATH_SIGNAL, signal.SIGKILL),
         )
+        looked = time.monotonic()
         while server.poll() is None and not asked and os.getppid() == parent:
+            if time.monotonic() - looked > _LOOK:
+                looked = time.monotonic()
+                trim()
             if select.select([0], [], [], _TICK)[0] and not os.read(0, 4096):
                 break
         if server.poll() is None:
@@ -63,6 +71,19 @@ def end(server: subprocess.Popen[bytes], grace: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
+
+
+def trim(most: int = _MOST_BYTES, kept: int = _KEPT_BYTES) -> None:
+    """Cuts the middle out of the log, standard output, when it is longer than ``most`` bytes.
+
+    All who write there append, so the server goes on behind what is kept.
+    """
+    with contextlib.suppress(OSError):
+        size = os.fstat(1).st_size
+        if size > most:
+            tail = os.pread(1, kept, size - kept)
+            os.ftruncate(1, kept)
+            os.write(1, b"\n[... %d bytes cut out ...]\n" % (size - 2 * kept) + tail)
 
 
 def kill_children() -> None:

@@ -33,7 +33,9 @@ _PORTS = 5
 """Ports that are tried when others take them first."""
 _LOWEST, _DRAWS = 16_384, 100
 _TICK = 0.2
-_PROBE = 5.0
+_PROBE = 30.0
+"""Seconds for a server to say that it is well: SGLang generates a token first, for up to 20 s."""
+_TAKEN = "address already in use"
 _TELL = 30.0
 _TOLD_LINES, _TAIL = 3, 8192
 
@@ -43,10 +45,6 @@ _numbers = count()
 
 class ServerGone(RuntimeError):
     """A server is gone for good; what was asked of it is to be done again elsewhere."""
-
-
-class _Ended(Exception):
-    """The server ended before it answered."""
 
 
 class OwnServer:
@@ -84,6 +82,7 @@ class OwnServer:
         self._out: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._answered, self._deaths, self._left = False, 0, self._server.restarts
         self._up: asyncio.Future[None] | None = None
 
     async def ready(self, client: Client) -> None:
@@ -111,6 +110,14 @@ class OwnServer:
             self._up = asyncio.get_running_loop().create_future()
             self._hang_up(self._process)
 
+    def forgive(self) -> None:
+        """Forgets earlier deaths: it has been found out what the server died of."""
+        self._left = self._server.restarts
+
+    def listens(self) -> bool:
+        """Whether nobody else has its port."""
+        return _is_ours(int(self.address.rpartition(":")[2]))
+
     async def close(self) -> None:
         """Ends it, with everything it has started."""
         if self._keeper is not None:
@@ -128,53 +135,63 @@ class OwnServer:
         """Keeps a server running until that is hopeless."""
         assert self._up is not None
         try:
-            await self._begin(client)
-            left = self._server.restarts
             while True:
-                self._up.set_result(None)
-                status = await self._ending()
+                status = await self._live(client)
+                self._deaths += 1
                 if self._up.done():
                     self._up = asyncio.get_running_loop().create_future()
-                left = await self._begin_again(client, status, left)
+                if not self._left:
+                    raise ServerGone(f"the server died {self._deaths} times, {self._told()}")
+                self._left -= 1
+                log.warning(
+                    "the server ended with %s and is started again (%d more starts): %s",
+                    *(_ending(status), self._left, self.last_words()),
+                )
         except Exception as error:
             self._up.set_exception(error)
             self._up.exception()  # Seen: nobody may be waiting.
 
-    async def _begin_again(self, client: Client, status: int, left: int) -> int:
-        """Starts it once more, or more often; returns how often it may still be.
+    async def _live(self, client: Client) -> int | None:
+        """Starts a server and waits until it has ended; its status, if it has one.
 
         Raises:
-            ServerGone: It has been started too often.
+            UserError: It has never answered, and nobody killed it: it would do the same again.
         """
-        while left:
-            left -= 1
-            log.warning(
-                "the server ended with %s and is started again (%d more starts): %s",
-                *(_ending(status), left, self._last_words()),
-            )
-            with suppress(UserError):
-                await self._begin(client)
-                return left
-        raise ServerGone(f"the server died {self._server.restarts + 1} times, {self._told()}")
+        assert self._up is not None
+        try:
+            killed = await self._begin(client)
+        except UserError:
+            if not self._answered:
+                raise
+            return self._process.poll() if self._process is not None else None
+        if killed is not None:
+            return killed
+        self._answered = True
+        self._up.set_result(None)
+        return await self._ending()
 
-    async def _begin(self, client: Client) -> None:
-        """Starts a server and waits until it answers.
+    async def _begin(self, client: Client) -> int | None:
+        """Starts a server and waits until it answers; its status if a signal ended it before.
 
         Raises:
-            UserError: It did not.
+            UserError: It did not answer.
         """
         for _ in range(_PORTS):
             port = free_port()
-            process = self._process = self._spawn(port)
             try:
-                await self._wait(client, process, port)
-                return
-            except _Ended:
-                if _free(port):
-                    status = _ending(process.returncode)
-                    raise UserError(
-                        f"the server ended with {status} before it answered, {self._told()}"
-                    ) from None
+                process = self._process = self._spawn(port)
+            except OSError as error:
+                raise UserError(
+                    f"the server cannot be started: {error}; look at this node's disks and limits, "
+                    "or name another folder as TMPDIR"
+                ) from error
+            status = await self._wait(client, process, port)
+            if status is None or _signal(status):
+                return status
+            if _free(port) and _TAKEN not in self._tail().lower():
+                raise UserError(
+                    f"the server ended with {_ending(status)} before it answered, {self._told()}"
+                )
         raise UserError(f"{_PORTS} free ports were taken by others before the server had one")
 
     def _spawn(self, port: int) -> subprocess.Popen[bytes]:
@@ -209,17 +226,21 @@ class OwnServer:
         self._log = self._logs / name
         return self._log.open("a+b", buffering=0)
 
-    async def _wait(self, client: Client, process: subprocess.Popen[bytes], port: int) -> None:
+    async def _wait(
+        self, client: Client, process: subprocess.Popen[bytes], port: int
+    ) -> int | None:
         """Waits until the server answers, telling now and then how long it has taken.
 
+        Returns:
+            Its status if it ended instead.
+
         Raises:
-            _Ended: It ended.
             UserError: It took too long.
         """
         started = told = time.monotonic()
-        while process.poll() is None:
-            if await answers(client, self.address) and _is_ours(port):
-                return
+        while (status := process.poll()) is None:
+            if _is_ours(port) and await self._greeted(client):
+                return None
             now = time.monotonic()
             if now - started > self._server.start:
                 await asyncio.to_thread(self._end, process)
@@ -230,10 +251,16 @@ class OwnServer:
             if now - told >= _TELL:
                 told = now
                 log.warning(
-                    "the server has been loading for %.0f s: %s", now - started, self._last_words()
+                    "the server has been loading for %.0f s: %s", now - started, self.last_words()
                 )
             await asyncio.sleep(_TICK)
-        raise _Ended
+        return status
+
+    async def _greeted(self, client: Client) -> bool:
+        """Whether a server is well and takes the key: another of this user's would not."""
+        if not await answers(client, self.address, self.key):
+            return False
+        return await _status(client, f"{self.address}/v1/models", self.key) not in (0, 401, 403)
 
     async def _ending(self) -> int:
         """Waits until the server ends; its status."""
@@ -257,28 +284,39 @@ class OwnServer:
         with suppress(subprocess.TimeoutExpired):
             process.wait(2 * _GRACE)
 
-    def _last_words(self) -> str:
-        """The last lines of its log, shortened and escaped."""
+    def _tail(self) -> str:
+        """The end of its log."""
         if self._out is None:
-            return "nothing"
+            return ""
         number = self._out.fileno()
         # Read in place: the server goes on writing where this handle stands.
         tail = os.pread(number, _TAIL, max(0, os.fstat(number).st_size - _TAIL))
-        lines = tail.decode(errors="replace").splitlines()
-        said = [line for line in lines if line.strip()][-_TOLD_LINES:]
-        return " | ".join(excerpt(line) for line in said)
+        return tail.decode(errors="replace")
+
+    def last_words(self) -> str:
+        """The last lines of its log, shortened and escaped."""
+        said = [line for line in self._tail().splitlines() if line.strip()][-_TOLD_LINES:]
+        return " | ".join(excerpt(line) for line in said) or "nothing"
 
     def _told(self) -> str:
         kept = f"; its log: {self._log}" if self._log is not None else ""
-        return f"and said last: {self._last_words()}{kept}"
+        return f"and said last: {self.last_words()}{kept}"
 
 
-async def answers(client: Client, address: str) -> bool:
-    """Whether a server says that it is well."""
+async def answers(client: Client, address: str, key: str) -> bool:
+    """Whether a server says that it is well; one without a page for that lists its models."""
+    status = await _status(client, f"{address}/health", key)
+    if status in (404, 405):
+        status = await _status(client, f"{address}/v1/models", key)
+    return status == 200
+
+
+async def _status(client: Client, url: str, key: str) -> int:
+    """The status of what a page answers; 0: nothing came."""
     try:
-        return (await client.ask(f"{address}/health", "", timeout=_PROBE)).status == 200
+        return (await client.ask(url, key, timeout=_PROBE)).status
     except (Unreachable, Late, Garbled):
-        return False
+        return 0
 
 
 def free_port() -> int:
@@ -326,9 +364,14 @@ def _is_ours(port: int) -> bool:
     return not users or users == {os.getuid()}
 
 
-def _ending(status: int) -> str:
-    if status <= 128:
-        return f"status {status}"
+def _ending(status: int | None) -> str:
+    if status is None:
+        return "no answer"
+    return _signal(status) or f"status {status}"
+
+
+def _signal(status: int) -> str:
+    """The signal that ended a process, by its status; empty if it ended by itself."""
     with suppress(ValueError):
-        return signal.Signals(status - 128).name
-    return f"status {status}"
+        return signal.Signals(-status if status < 0 else status - 128).name
+    return ""
