@@ -1,6 +1,7 @@
 """How far the rules of the answer judge can be trusted, and how much they leave open.
 
     python benchmarks/judging.py [--part dev] [--out FOLDER]
+    python benchmarks/judging.py --chain CHAIN [KEY=VALUE …]
 
 Judges every labelled pair by rule alone and compares with its label, which was set by hand
 before a rule was run on it. judging/first.jsonl is cut in two by a hash of the question: rules
@@ -11,24 +12,31 @@ Prints and writes results/judging.json and judging.md.
 
 Precision of *right*: of the answers that rules call right, the share that are. Recall of
 *right*: of the right answers, the share that rules call right. The same for *wrong*. *Left*:
-the share no rule decides, which goes to a language model. Intervals are 95 %, by resampling
-questions, since one question has several answers.
+the share no rule decides, which goes to a language model. With a chain its judge is asked about
+them, as in a run, the tables are of both together, and nothing is written. Intervals are 95 %, by
+resampling questions, since one question has several answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import importlib.metadata
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from insightv.assessment.judge import Judge
 from insightv.assessment.rules import Decision, decide
+from insightv.chainfile import read
 from insightv.evaluation.statistics import accuracy
+from insightv.folders import model_folder
+from insightv.pictures import Pictures
+from insightv.prompting import load_prompts
 from insightv.records import Question
 
 HERE = Path(__file__).parent
@@ -77,6 +85,21 @@ def judge(path: Path) -> list[Judged]:
         decision = decide(question, row["given"])
         judged.append(Judged(question, row["given"], row["right"], row["kind"], part, decision))
     return judged
+
+
+async def ask(judged: Sequence[Judged], chain: Path, overrides: Sequence[str]) -> list[Judged]:
+    """The same, with what a chain's judge says of those that the rules leave open."""
+    from insightv.engines import load_engine
+
+    config = read(chain, overrides)
+    model = config.models.judge
+    engine = load_engine(model_folder(model.path), model.engine or config.engine, Pictures([]))
+    llm = Judge(engine, load_prompts(model.prompts), config.judge, config.seed)
+    try:
+        said = await asyncio.gather(*(llm.decide_answer(r.question, r.given) for r in judged))
+    finally:
+        await llm.close()
+    return [replace(row, decision=decision) for row, decision in zip(judged, said, strict=True)]
 
 
 def measures(judged: Sequence[Judged]) -> dict[str, Any]:
@@ -201,12 +224,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--part", choices=PARTS, help="look at one part only, and write nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--chain", type=Path, help="ask the judge of this chain, too")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over what it says")
     asked = parser.parse_args()
     judged = [row for path in (FIRST, *WHOLE) for row in judge(path)]
     if asked.part:
         judged = [row for row in judged if row.part == asked.part]
         undecided = Counter(r.decision.detail for r in judged if r.decision.correct is None)
         print("left open:", *(f"{n} {why}" for why, n in undecided.most_common()), sep="\n  ")
+    if asked.chain:
+        judged = asyncio.run(ask(judged, asked.chain, asked.overrides))
     result = {
         "pairs": len(judged),
         "math-verify": version("math-verify"),
@@ -215,7 +242,7 @@ def main() -> None:
     }
     text = render(result)
     print(text)
-    if not asked.part:
+    if not asked.part and not asked.chain:
         (asked.out / "judging.json").write_text(
             json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )

@@ -15,7 +15,7 @@ from hpc.errors import UserError
 from insightv.config import NONE, ChainConfig, ModelConfig, QuestionsSection
 from insightv.engines.config import EngineConfig
 from insightv.engines.server.config import read_key
-from insightv.folders import EMBEDDED, fingerprint, model_folder
+from insightv.folders import EMBEDDED, fingerprint, is_gguf, model_folder
 from insightv.prompting import FOLDER, load_prompts
 from insightv.questions import load_set, sources
 
@@ -121,7 +121,8 @@ def folders(config: ChainConfig) -> list[Path]:
     named += [str(asked.place.of(m)) for m in (*asked.mappings, *asked.held_out_mappings)]
     if config.benchmarks.tasks:
         named += [config.benchmarks.folder, config.benchmarks.include]
-    return [Path(name) for name in dict.fromkeys(named) if Path(name).is_absolute()]
+    paths = [path for name in dict.fromkeys(named) if (path := Path(name)).is_absolute()]
+    return [path.parent if is_gguf(path) else path for path in paths]
 
 
 def _load_sets(asked: QuestionsSection, beside: Path) -> None:
@@ -192,6 +193,13 @@ def _resolve(role: str, model: ModelConfig, base: ModelConfig, fetched: bool) ->
         model.prompts = EMBEDDED if model.path == EMBEDDED else "default"
     if model.path != EMBEDDED:
         model.path = str(expanded(model.path).absolute())
+    if is_gguf(Path(model.path)) and role != "judge":
+        raise UserError(f"models.{role}.path: a GGUF is read as text alone, so as the judge alone")
+    if is_gguf(Path(model.path)) and (model.engine is None or model.engine.kind != "server"):
+        raise UserError(
+            f"models.{role}.path: a GGUF is run by a server alone; give models.{role}.engine "
+            "with kind: server and server: {command: [llamacpp]}"
+        )
     load_prompts(model.prompts)
     if Path(model.prompts).is_dir() and not (FOLDER / model.prompts).is_dir():
         model.prompts = str(Path(model.prompts).absolute())

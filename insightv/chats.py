@@ -122,7 +122,9 @@ def plain(processor: Any, text: str) -> str:
     would otherwise change the chat's structure.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    for token in {*tokenizer.all_special_tokens, getattr(processor, "image_token", "")}:
+    # Not all that are special have a role by which transformers lists them: Llama 3's headers.
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in {*special, *tokenizer.all_special_tokens, getattr(processor, "image_token", "")}:
         if len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text

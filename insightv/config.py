@@ -146,7 +146,7 @@ class ModelConfig:
 
     Attributes:
         path: ``tiny`` (the embedded model) or a folder in Hugging Face format (LLaVA-NeXT,
-            Qwen2.5-VL, …). Empty: the model of ``models.base``.
+            Qwen2.5-VL, …); the judge's may be a GGUF file. Empty: the model of ``models.base``.
         hub: Its name on the Hugging Face hub: what `insightv prefetch` fetches into ``path``
             unless it is there.
         revision: The commit that is fetched. Empty: the newest.
@@ -194,6 +194,8 @@ class ModelsConfig:
         for role, model in vars(self).items():
             if model.hub and model.path in ("", EMBEDDED, NONE):
                 raise UserError(f"models.{role}.hub: give path as well, the folder it is for")
+            if model.hub and model.path.endswith(".gguf"):
+                raise UserError(f"models.{role}.hub: a GGUF file is not fetched; bring it to path")
             if model.engine is not None:
                 model.engine.validate(f"models.{role}.engine")
 

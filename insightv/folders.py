@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ PROJECTORS = ("merger", "deepstack_merger_list")
 """Names of projectors that stand inside that module."""
 
 _BLOCK = 1 << 16
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def model_folder(path: str) -> Path:
@@ -28,26 +30,66 @@ def model_folder(path: str) -> Path:
     return Path(insightv.__file__).parent / "demo" / "model" if path == EMBEDDED else Path(path)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a model is one file, as llama.cpp has it, not a folder."""
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The file, or all files of a model that was split: ``NAME-00001-of-00003.gguf`` and on.
+
+    Raises:
+        UserError: One is missing or no GGUF, or this is not the first.
+    """
+    named = _PART.fullmatch(path.name)
+    if named and int(named[2]) != 1:
+        raise UserError(f"{path} is not the first part of its model; give the one with 00001")
+    numbers = range(1, int(named[3]) + 1) if named else ()
+    parts = [path.with_name(f"{named[1]}-{n:05}-of-{named[3]}.gguf") for n in numbers if named]
+    for part in parts or [path]:
+        try:
+            with part.open("rb") as file:
+                known = file.read(4) == b"GGUF"
+        except OSError as error:
+            raise unreadable(part, error) from None
+        if not known:
+            raise UserError(f"{part} is no GGUF file; fetch it again")
+    return parts or [path]
+
+
 def fingerprint(folder: Path) -> str:
     """Tells models apart without reading gigabytes: sizes and samples of their weights.
 
     Raises:
-        UserError: The folder is no model in Hugging Face format, or may not be read.
+        UserError: There is no model in Hugging Face format and no GGUF file, or it may not be read.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; give a model in Hugging Face format, or tiny")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
-        raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
+    files = gguf_parts(folder) if is_gguf(folder) else _folder_files(folder)
     summed = hashlib.sha256()
     try:
-        _check_config(folder / "config.json")
-        _check_weights(folder, weights)
-        for path in [folder / "config.json", *weights]:
+        for path in files:
             add_samples(summed, path, 64)
     except OSError as error:
         raise unreadable(Path(error.filename or folder), error) from None
     return summed.hexdigest()[:16]
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    """What a folder's fingerprint is taken of.
+
+    Raises:
+        UserError: It is no model in Hugging Face format, or may not be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; give a model in Hugging Face format, or tiny")
+    config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
+    if not config.is_file() or not weights:
+        raise UserError(f"{folder} is no model: it needs config.json and *.safetensors")
+    try:
+        _check_config(config)
+        _check_weights(folder, weights)
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error) from None
+    return [config, *weights]
 
 
 def add_samples(summed: hashlib._Hash, path: Path, blocks: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,13 +20,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedTokenizerFast,
+)
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from hpc.disk import share, unreadable
 from hpc.errors import UserError, one_line
-from insightv.folders import PROJECTORS, TOWERS
+from insightv.folders import PROJECTORS, TOWERS, gguf_parts, is_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -194,12 +200,14 @@ def _video_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def digest_of(folder: str | Path) -> str:
-    """SHA-256 (16 hex digits) over a model folder's ``config.json`` and safetensors.
+    """SHA-256 (16 hex digits) over a model folder's ``config.json`` and safetensors, or a GGUF.
 
     Raises:
         UserError: The folder is missing, is no model folder, or may not be read.
     """
     path = Path(folder)
+    if is_gguf(path):
+        return _digest_of(path, gguf_parts(path))
     if not path.is_dir():
         raise UserError(f"no model folder {path}: give a folder in Hugging Face format")
     config = path / "config.json"
@@ -212,13 +220,18 @@ def digest_of(folder: str | Path) -> str:
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{path} has no *.safetensors; other formats of weights are not read")
-    stamps = tuple(
-        (str(file.resolve()), stat.st_mtime_ns, stat.st_size)
-        for file in [config, *weights]
-        for stat in [file.stat()]
-    )
+    return _digest_of(path, [config, *weights])
+
+
+def _digest_of(path: Path, files: Sequence[Path]) -> str:
     try:
-        return _digest(stamps)
+        return _digest(
+            tuple(
+                (str(file.resolve()), stat.st_mtime_ns, stat.st_size)
+                for file in files
+                for stat in [file.stat()]
+            )
+        )
     except OSError as error:
         raise unreadable(Path(error.filename or path), error) from None
 
@@ -236,11 +249,13 @@ def _digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def longest_input(model: Any) -> int:
-    """The longest input that a model, or a model folder, was made for, in tokens.
+    """The longest input that a model, a model folder or a GGUF was made for, in tokens.
 
     Raises:
         UserError: The folder's configuration cannot be read.
     """
+    if isinstance(model, str | Path) and is_gguf(Path(model)):
+        return _gguf_context(Path(model))
     if isinstance(model, str | Path):
         try:
             config = AutoConfig.from_pretrained(Path(model), local_files_only=True)
@@ -249,6 +264,16 @@ def longest_input(model: Any) -> int:
     else:
         config = model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None) or _CONTEXT
+
+
+def _gguf_context(path: Path) -> int:
+    try:
+        from transformers.integrations.gguf import read_gguf_metadata
+
+        told, _ = read_gguf_metadata(str(path))
+    except (*_UNLOADABLE, IndexError, struct.error) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    return int(told.get(f"{told['general.architecture']}.context_length") or _CONTEXT)
 
 
 def pick_device(device: str) -> str:
@@ -271,15 +296,24 @@ def pick_device(device: str) -> str:
 def load_renderer(folder: str | Path) -> Any:
     """What turns chats into tokens, without the weights: a processor, or a text tokenizer.
 
+    A GGUF holds its tokenizer; one that transformers cannot make of it may lie beside it.
+
     Raises:
-        UserError: The folder has neither, or no chat template.
+        UserError: There is neither, or no chat template.
     """
+    path = Path(folder)
     try:
-        processor = AutoProcessor.from_pretrained(Path(folder), **_LOCAL)
-    except _UNLOADABLE as error:
-        raise UserError(f"model folder {folder} has no tokenizer: {one_line(error)}") from None
+        if is_gguf(path):
+            processor = PreTrainedTokenizerFast.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True
+            )
+        else:
+            processor = AutoProcessor.from_pretrained(path, **_LOCAL)
+    except (*_UNLOADABLE, IndexError, struct.error) as error:
+        hint = "; put its tokenizer.json beside it" if is_gguf(path) else ""
+        raise UserError(f"model {path} has no tokenizer: {one_line(error)}{hint}") from None
     if not processor.chat_template:
-        raise UserError(f"model folder {folder} has no chat template: add a chat_template.jinja")
+        raise UserError(f"model {path} has no chat template: add a chat_template.jinja")
     return processor
 
 

@@ -100,7 +100,8 @@ def _each(server: ServerConfig) -> int | None:
     sizes = dict(_told(words))
     if any(word.partition("=")[0].replace("_", "-") in _WITHIN for word in words):
         sizes.pop("data", None)
-    return math.prod(sizes.values()) if sizes or server.preset else None
+    known = sizes or server.preset not in ("", "llamacpp")  # which takes all GPUs that it sees
+    return math.prod(sizes.values()) if known else None
 
 
 def _told(words: Sequence[str]) -> Iterator[tuple[str, int]]:

@@ -12,9 +12,9 @@ from hpc.container import Container
 from hpc.disk import expanded
 from hpc.errors import UserError
 
-PRESETS = ("vllm", "sglang", "transformers")
+PRESETS = ("vllm", "sglang", "transformers", "llamacpp")
 """Servers whose command line is known here."""
-DIALECTS = ("vllm", "sglang", "transformers", "openai")
+DIALECTS = ("vllm", "sglang", "transformers", "llamacpp", "openai")
 """What servers take beyond the protocol; ``openai`` is the protocol alone."""
 
 
@@ -27,23 +27,25 @@ class ServerConfig:
             all that is asked about a picture goes to the same of them.
         key_file: File with the API key of the servers at ``url``; nobody else may read it.
         model: What the servers at ``url`` call the model. Empty: what they list, if it is one.
-        dialect: ``vllm``, ``sglang``, ``transformers``, or ``openai`` for the bare protocol,
-            which cannot go on with a turn: no progressive generation. Empty: that of
-            the preset in ``command``, or what a server at ``url`` says it is.
-        command: ``[vllm]``, ``[sglang]`` or ``[transformers]``, started beside each worker; or the
-            words of any other, in which {model}, {name}, {host}, {port} and {key_file} are filled
-            in. The key also stands in the variable INSIGHTV_SERVER_KEY.
+        dialect: ``vllm``, ``sglang``, ``transformers``, ``llamacpp``, or ``openai`` for the bare
+            protocol; the last two cannot go on with a turn: no progressive generation. Empty:
+            that of the preset in ``command``, or what a server at ``url`` says it is.
+        command: ``[vllm]``, ``[sglang]``, ``[transformers]`` or ``[llamacpp]``, started beside each
+            worker; or the words of any other, in which {model}, {name}, {host}, {port} and
+            {key_file} are filled in. The key also stands in the variable INSIGHTV_SERVER_KEY.
         options: More words behind those of a preset: ``[--tensor-parallel-size, "4"]``.
         python: Interpreter of the environment that the server is installed in; vLLM and SGLang
-            pin a torch of their own. Empty: ``vllm`` and ``python3`` as the PATH has them, and
-            this environment for transformers.
+            pin a torch of their own, and llama.cpp is then the package xllamacpp. Empty:
+            ``vllm``, ``llama-server`` and ``python3`` as the PATH has them, and this environment
+            for transformers.
         image: An Apptainer image (.sif) that the server runs in; the worker itself must not.
         binds: Folders that are seen in the image beside the model's, as SOURCE[:INSIDE[:ro]].
         replicas: Servers started beside each worker, with an equal part of its GPUs each.
         cache: Folder of what servers compile. Empty: one of each server's own, removed at its
             end; servers that share one have corrupted it.
         concurrency: Requests in flight to each replica. 0: 256, or 8 for transformers, which
-            answers one after the other.
+            answers one after the other, and 4 for llama.cpp, among whose slots its context is
+            divided.
         timeout: Seconds for one answer, its wait inside the server included. With all ``tries``
             it should stay below the time after which a worker counts as hung (30 minutes).
         tries: Most attempts at a request that the server fails at (status 500, no answer in time,

@@ -10,11 +10,13 @@ from hpc.errors import RecordError, UserError
 from insightv.engines.base import Completion, Request
 from insightv.engines.server.client import Garbled, excerpt, whole
 
-DIALECTS_TOLD = {"vllm": "vllm", "sglang": "sglang"}
+DIALECTS_TOLD = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp"}
 """The dialect by who owns the models that a server lists."""
 _THOUGHTS = ("reasoning_content", "reasoning")
 """Where servers with a reasoning parser put what comes before the answer."""
 _FINISHES = {"stop": "stop", "eos": "stop", "length": "length"}
+_SEEDS = 2**32 - 1
+"""llama.cpp keeps 32 bits of a seed; all of them set mean `none given`."""
 
 
 def payload(
@@ -65,11 +67,14 @@ def payload(
             body |= {"continue_final_message": True, "add_generation_prompt": False}
     elif going_on:
         raise UserError(
-            "the server's dialect is openai, which cannot go on with a turn: use mode single, or "
-            "give engine.server.dialect"
+            f"the server's dialect is {dialect}, which cannot go on with a turn: use mode single, "
+            "or give engine.server.dialect"
         )
     elif sampling.repetition_penalty != 1:
-        raise UserError("the server's dialect is openai, which has no repetition_penalty")
+        raise UserError(f"the server's dialect is {dialect}, which has no repetition_penalty")
+    elif dialect == "llamacpp":
+        # What a request does not say would be a top_k and a min_p of its own.
+        body |= {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "seed": request.seed % _SEEDS}
     return json.dumps(body).encode()
 
 

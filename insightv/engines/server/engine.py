@@ -30,10 +30,10 @@ from insightv.engines.server.client import (
 from insightv.engines.server.config import read_key
 from insightv.engines.server.dialects import DIALECTS_TOLD, payload, read
 from insightv.engines.server.process import OwnServer, ServerGone, answers
-from insightv.engines.server.programs import split_gpus
+from insightv.engines.server.programs import SLOTS, split_gpus
 from insightv.pictures import Pictures
 
-_CONCURRENCY = {"transformers": 8}
+_CONCURRENCY = {"transformers": 8, "llamacpp": SLOTS}
 _MANY = 256
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0
 _LONGEST_ASKED = 120.0
@@ -236,7 +236,7 @@ class ServerEngine:
         if not self._dialect:
             raise UserError(
                 f"engine.server.dialect: {self._replicas[0].url} does not say what it is; give "
-                "vllm, sglang, transformers or openai"
+                "vllm, sglang, transformers, llamacpp or openai"
             )
 
     def _sift(self, replicas: list[_Replica], found: list[BaseException | None]) -> None:
@@ -311,9 +311,11 @@ class ServerEngine:
             names = ", ".join(excerpt(name, 60) for name in listed) or "none"
             raise UserError(f"{replica.url} has no model {self._name!r}; it has {names}")
         self._dialect = self._dialect or DIALECTS_TOLD.get(str(known.get("owned_by")), "")
-        longest = known.get("max_model_len")
-        if isinstance(longest, int) and longest > 0:
-            self.context = min(self.context, longest)
+        meta = known.get("meta")  # of llama.cpp, which divides its context among its slots
+        slot = meta.get("n_ctx") if isinstance(meta, dict) else None
+        for longest in (known.get("max_model_len"), slot):
+            if isinstance(longest, int) and longest > 0:
+                self.context = min(self.context, longest)
 
     def _refuse(self, reply: Reply, replica: _Replica) -> None:
         """Raises for what no further request can mend.

@@ -15,13 +15,17 @@ from hpc.container import Container
 from hpc.container import command as contained
 from hpc.disk import expanded
 from hpc.errors import UserError
+from insightv.folders import is_gguf
 
 if TYPE_CHECKING:
     from insightv.engines.config import EngineConfig
 
 HOST = "127.0.0.1"
 KEY = "INSIGHTV_SERVER_KEY"
+SLOTS = 4
+"""Requests that llama.cpp answers at once, unless told."""
 _LAUNCHER = Path(__file__).with_name("transformers_serve.py")
+_LLAMACPP = Path(__file__).with_name("llamacpp_serve.py")
 _MEMORY = 0.9
 """Share of a GPU's memory for weights and keys and values; vLLM's own default."""
 _CACHES = {
@@ -69,7 +73,12 @@ def words(config: EngineConfig, place: Place) -> list[str]:
     key_file = place.folder / "key"
     _write_secret(key_file, place.key)
     server = config.server
-    make = {"vllm": _vllm, "sglang": _sglang, "transformers": _transformers}.get(server.preset)
+    make = {
+        "vllm": _vllm,
+        "sglang": _sglang,
+        "transformers": _transformers,
+        "llamacpp": _llamacpp,
+    }.get(server.preset)
     command = make(config, place) + server.options if make else _custom(config, place, key_file)
     if server.image:
         image = Container(str(expanded(server.image).absolute()), binds=server.binds)
@@ -79,7 +88,8 @@ def words(config: EngineConfig, place: Place) -> list[str]:
                 "image itself cannot start another: put the server into that image"
             )
         image.passed.append(KEY)
-        seen = [place.model.absolute(), _LAUNCHER.parent, place.folder]
+        model = place.model.absolute()
+        seen = [model.parent if is_gguf(model) else model, _LAUNCHER.parent, place.folder]
         return contained(image.seeing(seen), place.folder, command, gpus=len(place.gpus))
     command[0] = _absolute(command[0])  # the server starts in a folder of its own
     if shutil.which(command[0]) is None:
@@ -160,6 +170,16 @@ def _transformers(config: EngineConfig, place: Place) -> list[str]:
     command = [config.server.python or inside, str(_LAUNCHER), str(place.model), *_listening(place)]
     command += ["--device", config.device, "--dtype", config.dtype]
     return [*command, "--log-level", "error"]
+
+
+def _llamacpp(config: EngineConfig, place: Place) -> list[str]:
+    python, slots = config.server.python, config.server.concurrency or SLOTS
+    command = [python, str(_LLAMACPP)] if python else ["llama-server"]
+    command += ["--model", str(place.model), "--alias", place.name, *_listening(place)]
+    command += ["--api-key-file", str(place.folder / "key"), "--parallel", str(slots)]
+    command += ["--log-verbosity", "2"]  # warnings: else several lines for each request
+    command += _given("--threads", config.threads)
+    return command + _given("--ctx-size", slots * config.context)
 
 
 def _custom(config: EngineConfig, place: Place, key_file: Path) -> list[str]:
