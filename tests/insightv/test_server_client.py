@@ -83,7 +83,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(engine, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(engine, "_LONGEST_PAUSE", 0.3)
     monkeypatch.setattr(engine, "_LONGEST_ASKED", 0.3)
-    monkeypatch.setattr(engine, "_SECOND_LOOK", 0.05)
+    monkeypatch.setattr(replicas, "_SECOND_LOOK", 0.05)
 
 
 # ---- what is asked, and what comes back

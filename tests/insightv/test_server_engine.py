@@ -28,7 +28,7 @@ from insightv.chainfile import read
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
 from insightv.engines.server import engine as engine_module
-from insightv.engines.server import process
+from insightv.engines.server import process, replicas
 from insightv.engines.server.config import ServerConfig
 from insightv.engines.server.process import ServerGone
 from insightv.engines.server.programs import Place, split_gpus, variables, words
@@ -293,7 +293,7 @@ def test_a_request_that_kills_its_server_fails_alone(monkeypatch, wedged):
     """It exits, or answers with nothing but errors from then on, as vLLM does."""
     monkeypatch.setenv("POISON", "5")
     monkeypatch.setenv("WEDGED", wedged)
-    monkeypatch.setattr(engine_module, "_SECOND_LOOK", 0.1)
+    monkeypatch.setattr(replicas, "_SECOND_LOOK", 0.1)
 
     async def scenario(engine):
         return await asyncio.gather(*map(engine.complete, asks(12)), return_exceptions=True)
