@@ -253,7 +253,7 @@ def test_control_tokens_without_a_role_are_broken_up_too():
 
 def test_labelled_pairs_that_the_rules_leave_open_are_put_before_a_judge(tmp_path):
     tool = runpy.run_path(str(SMOKE.parents[2] / "benchmarks" / "judging.py"))
-    pairs = tool["judge"](tool["PAIRS"] / "fresh.jsonl")[:20]
+    pairs = tool["judge"](next(iter(tool["WHOLE"])))[:20]
     chain = [f"models.judge.path={gguf(tmp_path / 'm.gguf', **{'llama.context_length': 5000})}"]
     with FakeServer(lambda body, n: completion("yes"), [LISTED]) as server:
         chain += [f"models.judge.engine={{kind: server, server: {{url: ['{server.url}']}}}}"]

@@ -17,7 +17,7 @@ from hpc.config import shaping
 from hpc.errors import RecordError, UserError
 from insightv.chainfile import checked
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
-from insightv.engines.server import client, engine
+from insightv.engines.server import client, engine, replicas
 from insightv.engines.server.client import excerpt
 from insightv.engines.server.config import ServerConfig
 from insightv.engines.server.process import ServerGone
