@@ -77,10 +77,14 @@ class _Batch(Generic[Asked]):
 
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with these rows only."""
+        self.cache, self.mask = states.with_rows((self.cache, self.mask), rows)
+        self._keep(rows)
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        """Goes on with all that these rows have beside keys and values."""
         for name in ("calls", "begun", "places"):
             held = getattr(self, name)
             setattr(self, name, [held[row] for row in rows.tolist()])
-        self.cache, self.mask = states.with_rows((self.cache, self.mask), rows)
         self.token = self.token[rows]
         for each in (self.positions, self.sampler, self.stopper):
             each.select(rows)
@@ -91,8 +95,10 @@ class _Batch(Generic[Asked]):
         free = ended.nonzero()[:, 0]
         parts = (self.cache, self.mask), (more.cache, more.mask)
         if len(free) < len(more.calls) or not states.fits(*parts):
-            self.select((~ended).nonzero()[:, 0])
-            self._join(more)
+            kept = (~ended).nonzero()[:, 0]
+            self.cache, self.mask = states.packed(parts, [kept, None])
+            self._keep(kept)
+            self._add(more)
             return
         rows = free[: len(more.calls)]
         for name in ("calls", "begun", "places"):
@@ -105,17 +111,15 @@ class _Batch(Generic[Asked]):
         self.sampler.replace(rows, more.sampler)
         self.stopper.replace(rows, more.stopper)
         if len(rows) < len(free):
-            kept = torch.ones_like(ended)
-            kept[free[len(rows) :]] = False
-            self.select(kept.nonzero()[:, 0])
+            stay = torch.ones_like(ended)
+            stay[free[len(rows) :]] = False
+            self.select(stay.nonzero()[:, 0])
 
-    def _join(self, more: _Batch[Asked]) -> None:
-        """Goes on with the rows of another one, too."""
+    def _add(self, more: _Batch[Asked]) -> None:
+        """Goes on with all that the rows of another one have beside keys and values, too."""
         self.calls += more.calls
         self.begun += more.begun
         self.places += more.places
-        parts = [(self.cache, self.mask), (more.cache, more.mask)]
-        self.cache, self.mask = states.packed(parts, [None, None])
         self.token = torch.cat([self.token, more.token])
         self.positions.join(more.positions)
         self.sampler.join(more.sampler)

@@ -31,6 +31,7 @@ class _Rows:
 
     def replace(self, rows: torch.Tensor, more: Any) -> None:
         """Goes on with the rows of another one in the place of these."""
+        self._heed(more)
         for name in self._lines:
             own, new = self._alike(name, more)
             own[rows] = new
@@ -38,8 +39,12 @@ class _Rows:
 
     def join(self, more: Any) -> None:
         """Goes on with the rows of another one, too, behind its own."""
+        self._heed(more)
         for name in self._lines:
             setattr(self, name, torch.cat(self._alike(name, more)))
+
+    def _heed(self, more: Any) -> None:
+        """Learns what holds for rows of another one alone."""
 
     def _alike(self, name: str, more: Any) -> list[torch.Tensor]:
         """Its lines and those of another one, of one width."""
@@ -89,11 +94,10 @@ class RowSampler(_Rows):
         self._present = mask.new_zeros(len(requests), 0, dtype=torch.bool)
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = (prompts, mask.bool())
 
-    def _alike(self, name: str, more: RowSampler) -> list[torch.Tensor]:
+    def _heed(self, more: RowSampler) -> None:
         """Both have drawn a token already."""
         self._sampled |= more._sampled
         self._penalised |= more._penalised
-        return super()._alike(name, more)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token of each row, shape (rows,), from its logits (rows, vocabulary)."""
@@ -181,7 +185,7 @@ class RowStopper(_Rows):
         self._closing = None
         if every:
             closing = _closing_tokens(self._tokenizer, frozenset(stop[-1] for stop in every))
-            self._closing = torch.tensor(closing, device=self._limits.device)
+            self._closing = closing.to(self._limits.device)
         # A stop string of n bytes spans at most n tokens.
         self._tail = max((len(stop.encode()) for stop in every), default=0)
 
@@ -232,7 +236,7 @@ def decode(tokenizer: Any, ids: Any) -> str:
 
 
 @lru_cache(maxsize=16)
-def _closing_tokens(tokenizer: Any, characters: frozenset[str]) -> list[bool]:
+def _closing_tokens(tokenizer: Any, characters: frozenset[str]) -> torch.Tensor:
     """For each token, whether a stop string that ends in one of these characters may end in it.
 
     A quick look at ids, so that only a suspected row's tail is decoded in a step.
@@ -241,8 +245,9 @@ def _closing_tokens(tokenizer: Any, characters: frozenset[str]) -> list[bool]:
     texts = tokenizer.batch_decode(tokens, clean_up_tokenization_spaces=False)
     # Parts of a character decode to the replacement character; some decoders drop a space.
     unsure = any(not character.isascii() or character == " " for character in characters)
-    return [
+    closing = [
         any(character in text for character in characters)
         or (unsure and ("\ufffd" in text or not text.strip()))
         for text in texts
     ]
+    return torch.tensor(closing)
