@@ -4,13 +4,21 @@ import io
 import json
 import math
 import random
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
 from PIL import Image, ImageDraw
 
 from hpc import shards
+from hpc.config import dump
+from hpc.driver import Quiet, drive
+from hpc.executors.local import LocalExecutor
+from hpc.rundir import Chain, RunDir
 from insightv.assessment.scoring import RETEST
+from insightv.chain import assemble
+from insightv.config import ChainConfig
 from insightv.evaluation.results import LADDER, eval_stage
 from insightv.pictures import PictureWriter
 from insightv.records import (
@@ -31,6 +39,17 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 HOSTILE_KEY = "charts:train:<svg onload=alert(2)>"
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun")
 CHANCE = dict(zip(LADDER, (0.30, 0.38, 0.52, 0.54, 0.36, 0.62, 0.66, 0.69), strict=True))
+
+
+def begun(run: Path, told: ChainConfig, stages: Sequence[str]) -> threading.Thread:
+    """Some of a chain's first stages, on their way in a run folder that is made here."""
+    whole = assemble(told, RunDir(run))
+    part = Chain([whole.stages[name] for name in stages], whole.run, whole.command, whole.packages)
+    run.mkdir()
+    (run / "chain.yaml").write_text(dump(told))
+    driving = threading.Thread(target=drive, args=(part, LocalExecutor(), Quiet(), 2))
+    driving.start()
+    return driving
 
 
 def chart(table: dict[str, int]) -> bytes:

@@ -12,7 +12,6 @@ import runpy
 import struct
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,18 +19,14 @@ from pathlib import Path
 import psutil
 import pytest
 from openai_server import FakeServer, completion
+from runs import begun
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from hpc.config import dump
-from hpc.driver import Quiet, drive
 from hpc.errors import RecordError, UserError
-from hpc.executors.local import LocalExecutor
-from hpc.rundir import Chain, RunDir
 from hpc.shards import read_rows
 from insightv import chats, models
-from insightv.chain import assemble
 from insightv.chainfile import read
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
@@ -390,14 +385,8 @@ def free_text(folder, count):
 
 def judged(run, told):
     """Runs a chain up to its first verdicts; ends the judge's server once some are there."""
-    whole = assemble(told, RunDir(run))
-    first = [whole.stages[name] for name in ("questions-train", "r0-generate", "r0-judge")]
-    part = Chain(first, whole.run, whole.command, whole.packages)
-    run.mkdir()
-    (run / "chain.yaml").write_text(dump(told))
     killed: list[int] = []
-    driving = threading.Thread(target=drive, args=(part, LocalExecutor(), Quiet(), 2))
-    driving.start()
+    driving = begun(run, told, ("questions-train", "r0-generate", "r0-judge"))
     while driving.is_alive():
         time.sleep(0.2)
         if not killed and list((run / "stages" / "r0-judge" / "shards").glob("*.json")):

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -15,15 +14,11 @@ import httpx2
 import psutil
 import pytest
 from openai_server import FakeServer, completion
+from runs import begun
 
-from hpc.config import dump
-from hpc.driver import Quiet, drive
 from hpc.errors import RecordError, UserError
-from hpc.executors.local import LocalExecutor
-from hpc.rundir import Chain, RunDir
 from hpc.shards import read_groups, shard_paths
 from insightv.agents import direct_messages, reasoning_messages, summary_messages
-from insightv.chain import assemble
 from insightv.chainfile import read
 from insightv.demo.sets import QuestionsConfig, Sizes, make_questions
 from insightv.engines import EngineConfig, Request, Sampling, load_engine
@@ -633,15 +628,8 @@ def keys(run):
 
 def generate(run, overrides, kills=0, stages=("questions-train", "r0-generate")):
     """Runs a chain's first stages; ends its server so often once paths are there."""
-    told = read(SMOKE, overrides)
-    whole = assemble(told, RunDir(run))
-    first = [whole.stages[name] for name in stages]
-    part = Chain(first, whole.run, whole.command, whole.packages)
-    run.mkdir()
-    (run / "chain.yaml").write_text(dump(told))
     killed: list[int] = []
-    driving = threading.Thread(target=drive, args=(part, LocalExecutor(), Quiet(), 2))
-    driving.start()
+    driving = begun(run, read(SMOKE, overrides), stages)
     while driving.is_alive():
         time.sleep(0.2)
         done = len(list((run / "stages" / "r0-generate" / "shards").glob("*.json")))
